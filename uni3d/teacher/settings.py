@@ -1,0 +1,161 @@
+"""Settings of the embedded teacher's training, as plain data: no torch, nothing of the project is imported here.
+
+Every field is a key of `configs/teacher.yaml`. Minutes are wall-clock minutes of training, in all leases
+together; a schedule is driven by minutes where `planned_minutes` is set and by steps where it is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TeacherDataConfig:
+    """Which views are trained on and how they are varied. Probabilities are per sample."""
+
+    roles: tuple[str, ...] = ("teacher", "both")
+    """Roles of the view records that may be trained on."""
+    limit_views: int | None = None
+    """Use only so many views (a quick run); None uses all."""
+    num_workers: int = 8
+    """Processes that decode the view shards."""
+    heldout_assets: int = 16
+    """Assets kept out of the autoencoder's training; its PSNR is measured on them."""
+    balance_power: float = 0.5
+    """Views are drawn with a weight of (views of the same noun)^-power, so that rare nouns are seen."""
+    recolour_probability: float = 0.4
+    """Recolour the main material to a random colour word, and say that word in the caption."""
+    recolour_jitter: float = 0.04
+    """Standard deviation of the target colour around its word's colours, sRGB in [0, 1]."""
+    flip_probability: float = 0.5
+    """Mirror the image and negate the azimuth."""
+    light_background_probability: float = 0.5
+    """Background near white or light grey; any colour otherwise."""
+    gradient_background_probability: float = 0.5
+    """Background that runs from one colour to another instead of a plain one."""
+    caption_variants: int = 6
+    """Different captions per object and view word, drawn before training."""
+    recolour_caption_variants: int = 3
+    """The same, for every colour word that the object can be recoloured to."""
+    view_word_probability: float = 0.9
+    """Captions that end with the view word (", front view")."""
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """AutoencoderKL: its shape and its training."""
+
+    image_size: int = 128
+    """Side of the square images, pixels."""
+    block_out_channels: tuple[int, ...] = (32, 64, 128, 128)
+    """Channels per resolution; each but the last halves the side."""
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 16
+    batch_size: int = 96
+    learning_rate: float = 8e-4
+    weight_decay: float = 1e-4
+    warmup_steps: int = 200
+    planned_minutes: float | None = 2.5
+    """Length of the run; None trains `planned_steps` steps."""
+    planned_steps: int = 4000
+    gradient_clip: float = 1.0
+    foreground_weight: float = 2.0
+    """Extra weight of the object's pixels: they are a fifth of the image."""
+    chroma_weight: float = 2.0
+    """Weight of the error of colour less its grey part; without it colours fade to grey."""
+    gradient_weight: float = 0.5
+    """Weight of the error of neighbouring pixels' differences (edges)."""
+    coarse_weight: float = 0.5
+    """Weight of the L1 errors at a half, a quarter and an eighth of the size."""
+    kl_weight: float = 1e-6
+    """Weight of the KL divergence to a unit Gaussian, summed over a latent."""
+    compile: bool = False
+    """torch.compile; it seldom pays within a few minutes."""
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """UNet, text encoder and camera token: their shapes and their joint training."""
+
+    block_out_channels: tuple[int, ...] = (96, 192, 352)
+    """Channels per resolution; the last level has no attention to the text but in the middle block."""
+    attention_heads: tuple[int, ...] = (3, 6, 11)
+    """Heads per resolution (32 channels each)."""
+    layers_per_block: int = 2
+    norm_num_groups: int = 16
+    context_dim: int = 256
+    """Width of the text encoder and of the context."""
+    context_length: int = 32
+    """Tokens of a prompt, start and end included; the last one makes room for the camera."""
+    text_layers: int = 5
+    text_heads: int = 8
+    batch_size: int = 512
+    accumulate_steps: int = 1
+    """Split the batch into so many parts to save memory."""
+    learning_rate: float = 6e-4
+    min_learning_rate_fraction: float = 0.01
+    """The learning rate ends at this fraction of its peak."""
+    weight_decay: float = 0.01
+    warmup_steps: int = 500
+    resume_warmup_steps: int = 100
+    """Warm-up after a compact resume, whose optimiser starts with empty moments."""
+    planned_minutes: float | None = 17.0
+    """Length of the run in all leases together; None trains `planned_steps` steps."""
+    planned_steps: int = 20000
+    gradient_clip: float = 1.0
+    loss_weighting: Literal["v", "min_snr"] = "v"
+    """"v": plain v-loss; "min_snr": Hang et al. 2023 with gamma 5."""
+    text_dropout: float = 0.10
+    """The caption is emptied, for classifier-free guidance."""
+    camera_dropout: float = 0.15
+    """The camera token is left out, for pipelines that know no camera."""
+    ema_decay: float = 0.9995
+    """Decay of the averaged weights per step, reached gradually."""
+    latent_reuse: int = 4
+    """Every encoded view is drawn so many times, with new noise, from a pool of latents."""
+    latent_pool: int = 16384
+    """Latents in the pool."""
+    compile: bool = True
+    """torch.compile of the UNet on a GPU; falls back to plain execution, and says so, when it fails."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Everything `uni3d teacher train` needs besides its folders."""
+
+    seed: int = 0
+    device: str = "auto"
+    """"auto" takes a CUDA device when there is one; bf16 on it, float32 on CPUs."""
+    log_every_s: float = 20.0
+    """Seconds between progress lines."""
+    checkpoint_every_minutes: float = 2.0
+    grid_every_minutes: float = 4.0
+    """Minutes between sample grids; 0 draws none but the last."""
+    grid_prompts: tuple[str, ...] = (
+        "a red wooden chair",
+        "a blue car",
+        "a green tree",
+        "a brown wooden table",
+        "a white bed",
+        "a yellow house",
+        "a black lamp",
+        "a red apple",
+        "a grey rock",
+        "a blue vase",
+        "a brown horse",
+        "a pink sofa",
+        "a green cactus",
+        "a brown barrel",
+        "a purple crystal",
+        "an orange fish",
+    )
+    """Prompts of the sample grids, one row each."""
+    guidance_scale: float = 5.0
+    num_sampling_steps: int = 25
+    max_file_mib: float | None = None
+    """Split the files of a checkpoint so that none is larger; None writes one file per kind."""
+    data: TeacherDataConfig = field(default_factory=TeacherDataConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
