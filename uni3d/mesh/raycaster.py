@@ -29,9 +29,9 @@ class Light:
     shade = ground + (sky - ground) (1 + n_y) / 2 + key max(0, n . key_direction), clipped to 1.
     """
 
-    sky: float = 0.70
-    ground: float = 0.50
-    key: float = 0.30
+    sky: float = 0.74
+    ground: float = 0.52
+    key: float = 0.32
     key_azimuth_deg: float = 30.0
     key_elevation_deg: float = 45.0
 
@@ -307,7 +307,7 @@ def _rays(
     rows: tuple[int, int],
     columns: tuple[int, int],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Origins and unit directions [R, 3] through the centres of a rectangle of subpixels, and their flat index."""
+    """Origins and unit directions [R, 3] through the centres of a rectangle of subpixels and flat indices."""
     row, column = np.arange(*rows), np.arange(*columns)
     y = ((1 - (row + 0.5) * 2 / fine) * scale).astype(np.float32)
     x = (((column + 0.5) * 2 / fine - 1) * scale).astype(np.float32)

@@ -150,7 +150,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def _without_degenerate_faces(mesh: RenderableMesh) -> RenderableMesh:
-    """Drop triangles with non-finite corners or no area; replace unusable corner normals by the face normal."""
+    """Drop triangles without area or with non-finite corners; give unusable corner normals the face normal."""
     corners = mesh.vertices[mesh.faces]
     cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     area = np.linalg.norm(cross, axis=1)
@@ -250,7 +250,7 @@ class _Soup:
 
 
 class _Glb:
-    """Header, JSON chunk and binary chunk of one GLB with bounds-checked accessors (glTF 2.0, sections 3 and 4)."""
+    """Header, JSON and binary chunk of one GLB; accessors are bounds-checked (glTF 2.0, sections 3 and 4)."""
 
     def __init__(self, content: bytes) -> None:
         if len(content) < 20 or content[:4] != b"glTF":
@@ -515,7 +515,7 @@ def safe_relative_name(name: str) -> str:
 
 
 class _SiblingResolver:
-    """What trimesh asks for files beside an OBJ; missing files are reported as absent, never looked for elsewhere."""
+    """What trimesh asks for files beside an OBJ; a missing file is absent, never looked for elsewhere."""
 
     def __init__(self, read: Callable[[str], bytes]) -> None:
         self._read = read
