@@ -1,0 +1,339 @@
+"""A text-to-image latent diffusion teacher in the diffusers layout, as an x0-predicting denoiser.
+
+`LatentDiffusionTeacher.from_pretrained` takes a hub id or a local directory (Stable Diffusion, or the embedded
+teacher, which uses the same classes) and offers what score distillation needs: text contexts, image encoding,
+and D(x, sigma, context) -> x0 for x = x0 + sigma * eps. Networks that predict eps or v on a variance-preserving
+process are converted here, so the losses never see them.
+Legend: B batch, L context tokens, E context channels, C latent channels, H W latent pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uni3d.diffusion.camera_token import CameraToken
+from uni3d.errors import MissingWeightsError, UsageError
+from uni3d.losses.noise_schedule import DiscreteVPSchedule
+
+logger = logging.getLogger(__name__)
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass
+class LatentDiffusionTeacher:
+    """A frozen latent diffusion model. All networks are in eval mode and hold no trainable parameter."""
+
+    unet: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    schedule: DiscreteVPSchedule
+    prediction_type: str
+    camera_token: CameraToken | None
+    name: str
+
+    # ------------------------------------------------------------------ loading
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> LatentDiffusionTeacher:
+        """Load a teacher from a hub id or a directory; safetensors only.
+
+        Raises:
+            MissingWeightsError: the id or directory cannot be loaded (exit code 3).
+            UsageError: the files are damaged, pickled, or of a class this teacher cannot use (exit code 2).
+        """
+        source = Path(name_or_path)
+        if source.exists():
+            _check_directory(source)
+        components = _load_components(str(name_or_path), dtype=dtype, revision=revision, variant=variant)
+        unet, vae, text_encoder, tokenizer, scheduler = components
+        prediction_type = str(scheduler.config.prediction_type)
+        if prediction_type not in PREDICTION_TYPES:
+            raise UsageError(
+                f"teacher '{name_or_path}' predicts '{prediction_type}'; this loader knows {PREDICTION_TYPES}: "
+                "choose a Stable Diffusion 1.x or 2.x checkpoint"
+            )
+        camera_folder = source / "camera_token"
+        camera_token = CameraToken.from_pretrained(camera_folder) if camera_folder.is_dir() else None
+        for network in (unet, vae, text_encoder, camera_token):
+            if network is not None:
+                network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        unet.to(memory_format=torch.channels_last)
+        schedule = DiscreteVPSchedule(scheduler.alphas_cumprod.to(device=device, dtype=torch.float32))
+        return cls(
+            unet=unet,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            schedule=schedule,
+            prediction_type=prediction_type,
+            camera_token=camera_token,
+            name=str(name_or_path),
+        )
+
+    # ------------------------------------------------------------------ facts
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks live."""
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the networks; predictions are returned in float32."""
+        return self.unet.dtype
+
+    @property
+    def downscale(self) -> int:
+        """Image pixels per latent pixel."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images the teacher was trained on."""
+        return int(self.unet.config.sample_size) * self.downscale
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent."""
+        size = int(self.unet.config.sample_size)
+        return int(self.unet.config.in_channels), size, size
+
+    @property
+    def feature_channels(self) -> int:
+        """Channels of the middle block, what a discriminator head reads."""
+        return int(self.unet.config.block_out_channels[-1])
+
+    # ------------------------------------------------------------------ text and cameras
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Text contexts, float [N, L, E]. Longer prompts are cut to the tokenizer's length, with a warning."""
+        limit = self.tokenizer.model_max_length
+        for prompt in prompts:
+            length = len(self.tokenizer(prompt).input_ids)
+            if length > limit:
+                logger.warning(
+                    "the teacher reads %d tokens; the end of a prompt of %d is ignored: %r", limit, length, prompt
+                )
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        )
+        return self.text_encoder(tokens.input_ids.to(self.device))[0]
+
+    def with_camera(self, context: Tensor, conditioning: Tensor) -> Tensor:
+        """Put the camera token into the last slot of `context` [B, L, E]; a teacher without one returns it unchanged.
+
+        Args:
+            conditioning: `Cameras.conditioning()`, float32 [B, 5].
+        """
+        if self.camera_token is None:
+            return context
+        token = self.camera_token(conditioning.to(device=self.device, dtype=self.dtype))
+        return torch.cat([context[:, :-1], token], dim=1)
+
+    # ------------------------------------------------------------------ images
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents float32 [B, C, H, W] (the posterior's mean) of images in [0, 1], [B, 3, h, w]; differentiable.
+
+        Images of another size than the teacher's are resized bilinearly first.
+        """
+        size = self.image_size
+        if images.shape[-2:] != (size, size):
+            images = nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+        posterior = self.vae.encode((images * 2 - 1).to(self.dtype)).latent_dist
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return (posterior.mean.float() - shift) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images float32 [B, 3, h, w] in [0, 1] of latents [B, C, H, W]."""
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        decoded = self.vae.decode((latents / self.vae.config.scaling_factor + shift).to(self.dtype)).sample
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    # ------------------------------------------------------------------ denoising
+
+    def predict_x0(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        """D(x, sigma, context): the x0-prediction, float32 [B, C, H, W].
+
+        Args:
+            x: noisy latents x0 + sigma * eps, [B, C, H, W].
+            sigma: noise level of each sample, [B].
+            context: [B, L, E].
+        """
+        scale = torch.rsqrt(1 + sigma.float() ** 2)[:, None, None, None]
+        timestep = self.schedule.timestep(sigma)
+        x_vp = (x.float() * scale).to(self.dtype).contiguous(memory_format=torch.channels_last)
+        output = self.unet(x_vp, timestep, encoder_hidden_states=context.to(self.dtype)).sample.float()
+        return self._x0_from_output(output, x, sigma)
+
+    def _x0_from_output(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        sigma = sigma.float()[:, None, None, None]
+        if self.prediction_type == "epsilon":
+            return x - sigma * output
+        if self.prediction_type == "sample":
+            return output
+        # v = a eps - s x0 with a = 1/sqrt(1+sigma^2), s = sigma a, on x_vp = a x.
+        scale = torch.rsqrt(1 + sigma**2)
+        return scale**2 * x - sigma * scale * output
+
+    def predict_guided_x0(
+        self, x: Tensor, sigma: Tensor, context: Tensor, negative_context: Tensor, guidance_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Classifier-free guidance in one batch: (guided x0, conditional x0), each [B, C, H, W].
+
+        guided = negative + guidance_scale * (conditional - negative); a scale of 1 runs one pass only.
+        """
+        if guidance_scale == 1.0:
+            conditional = self.predict_x0(x, sigma, context)
+            return conditional, conditional
+        both = self.predict_x0(
+            torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([context, negative_context])
+        )
+        conditional, negative = both.chunk(2)
+        return negative + guidance_scale * (conditional - negative), conditional
+
+    @contextmanager
+    def recorded_middle(self) -> Iterator[list[Tensor]]:
+        """Within the block, each pass appends its middle block's output [B, F, h, w]: a discriminator reads it free."""
+        recorded: list[Tensor] = []
+        handle = self.unet.mid_block.register_forward_hook(
+            lambda _module, _inputs, output: recorded.append(output.float())
+        )
+        try:
+            yield recorded
+        finally:
+            handle.remove()
+
+    def middle_features(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        """Output of the network's middle block, float32 [B, F, h, w]: the encoder half of one pass."""
+        scale = torch.rsqrt(1 + sigma.float() ** 2)[:, None, None, None]
+        x_vp = (x.float() * scale).to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return unet_middle_features(self.unet, x_vp, self.schedule.timestep(sigma), context.to(self.dtype)).float()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        context: Tensor,
+        negative_context: Tensor,
+        *,
+        guidance_scale: float,
+        num_steps: int,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw latents [B, C, H, W] for `context` [B, L, E] by deterministic DDIM steps in sigma (Song et al. 2021)."""
+        shape = (context.shape[0], *self.latent_shape)
+        last = self.schedule.num_timesteps - 1
+        timesteps = torch.linspace(last, 0, num_steps + 1)[:-1].to(self.device)
+        sigmas = torch.cat([self.schedule.sigma(timesteps), torch.zeros(1, device=self.device)])
+        noise = torch.randn(shape, generator=generator).to(self.device)
+        x = noise * torch.sqrt(1 + sigmas[0] ** 2)
+        for current, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+            sigma = current.expand(shape[0])
+            x0, _ = self.predict_guided_x0(x, sigma, context, negative_context, guidance_scale)
+            x = x0 + (following / current) * (x - x0)
+        return x
+
+
+def unet_middle_features(unet: Any, x_vp: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    """Run the down and middle blocks of a `UNet2DConditionModel` only. Shapes as in its `forward`."""
+    embedding = unet.time_embedding(unet.time_proj(timestep).to(x_vp.dtype))
+    hidden = unet.conv_in(x_vp)
+    for block in unet.down_blocks:
+        if getattr(block, "has_cross_attention", False):
+            hidden, _ = block(hidden, embedding, encoder_hidden_states=context)
+        else:
+            hidden, _ = block(hidden, embedding)
+    return unet.mid_block(hidden, embedding, encoder_hidden_states=context)
+
+
+def _check_directory(source: Path) -> None:
+    if not source.is_dir():
+        raise UsageError(f"teacher '{source}' is a file; pass a directory in the diffusers layout or a hub id")
+    index = source / "model_index.json"
+    if not index.is_file():
+        raise MissingWeightsError(
+            f"teacher directory '{source}' holds no model_index.json; pass a directory written by "
+            "`save_pretrained` of a diffusers pipeline, or --teacher embedded"
+        )
+    try:
+        json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UsageError(f"'{index}' is damaged ({error}); write the teacher again or pass another one") from error
+    for part in ("unet", "vae", "text_encoder"):
+        folder = source / part
+        if not folder.is_dir():
+            raise MissingWeightsError(f"teacher directory '{source}' lacks '{part}/'; copy the whole model again")
+        if list(folder.glob("*.safetensors")):
+            continue
+        if list(folder.glob("*.bin")) or list(folder.glob("*.ckpt")):
+            raise UsageError(
+                f"'{folder}' holds pickled weights, which can run code and are refused; save the model with "
+                "`save_pretrained(..., safe_serialization=True)`"
+            )
+        raise MissingWeightsError(f"'{folder}' holds no .safetensors weights; copy the whole model again")
+
+
+def _load_components(name: str, *, dtype: torch.dtype, revision: str | None, variant: str | None) -> tuple[Any, ...]:
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from safetensors import SafetensorError
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    weights = {"torch_dtype": dtype, "use_safetensors": True, **options}
+    if variant:
+        weights["variant"] = variant
+    text_weights = {key: value for key, value in weights.items() if key != "torch_dtype"}
+    try:
+        return (
+            UNet2DConditionModel.from_pretrained(name, subfolder="unet", **weights),
+            AutoencoderKL.from_pretrained(name, subfolder="vae", **weights),
+            CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype, **text_weights),
+            CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options),
+            DDIMScheduler.from_pretrained(name, subfolder="scheduler", **options),
+        )
+    except SafetensorError as error:
+        raise UsageError(f"the weights of teacher '{name}' are damaged ({error}); copy or download them again") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if Path(name).exists():
+            raise UsageError(
+                f"teacher directory '{name}' cannot be loaded ({_first_line(error)}); copy it again or pass another"
+            ) from error
+        raise MissingWeightsError(_hub_message(name, error)) from error
+
+
+def _hub_message(name: str, error: Exception) -> str:
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(
+        os.environ.get("HF_HOME", os.path.join("~", ".cache", "huggingface")), "hub"
+    )
+    return (
+        f"teacher '{name}' is neither a directory here nor could it be loaded from the hub "
+        f"({_first_line(error)}; cache looked in: {cache}). Ways on: pass --teacher DIRECTORY with a local copy; set "
+        "HF_TOKEN if the model is gated, or pass the id of a mirror; or use --teacher embedded, which needs no download."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
