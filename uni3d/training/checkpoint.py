@@ -42,7 +42,7 @@ def atomic_write_json(path: str | os.PathLike[str], value: Any) -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename outlives a power cut (a no-op where folders cannot be opened)."""
+    """Flush a folder's entries, so that a rename outlives a power cut; a no-op where that is impossible."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -1,0 +1,292 @@
+"""Every setting of a text-to-3D run as plain dataclasses: the schema of the YAML files and of the flags.
+
+The default values are the `default` quality; `configs/text_to_3d.yaml` repeats them with a comment on every
+key. The text under a field is its help on the command line. Values that change during a run are schedules:
+`[[0, 12], [1, 6]]` reads "12 at the start, 6 at the end, straight in between", where the first number of each
+pair is the fraction of the run that is done. Rooms never import this file; the programs unpack it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from uni3d.config_values import (
+    MAX_SEED,
+    METHOD_NAMES,
+    Schedule,
+    check_name,
+    check_pair,
+    check_range,
+    check_schedule,
+    parse_divergence,
+    value_at,
+)
+from uni3d.errors import ConfigError
+
+Quality = Literal["default", "draft"]
+MeshFormat = Literal["glb", "obj", "ply"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceConfig:
+    """How the teacher's opinion becomes a gradient."""
+
+    guidance_scale: Schedule = ((0.0, 12.0), (1.0, 6.0))
+    """Classifier-free guidance of the teacher over the run; 1 means none."""
+    noise_max: Schedule = ((0.0, 0.98), (0.8, 0.3))
+    """Largest noise level over the run, as a fraction of the teacher's timesteps."""
+    noise_min: Schedule = ((0.0, 0.49), (0.8, 0.02))
+    """Smallest noise level over the run, as a fraction of the teacher's timesteps."""
+    views_per_step: int = 1
+    """Views rendered and scored in one step."""
+    view_prompts: bool = True
+    """Add ', front view' and its like to the prompt according to the camera."""
+    camera_token: bool = True
+    """Tell a camera-conditioned teacher where the camera stands."""
+
+    def __post_init__(self) -> None:
+        check_schedule("guidance.guidance_scale", self.guidance_scale, 0.0, 1000.0)
+        check_schedule("guidance.noise_max", self.noise_max, 0.0, 1.0)
+        check_schedule("guidance.noise_min", self.noise_min, 0.0, 1.0)
+        for progress in sorted({position for position, _ in self.noise_max + self.noise_min}):
+            low, high = value_at(self.noise_min, progress), value_at(self.noise_max, progress)
+            if low >= high:
+                raise ConfigError(
+                    f"guidance.noise_min is {low:g} and guidance.noise_max is {high:g} at {progress:g} of "
+                    f"the run; noise_min must stay below noise_max"
+                )
+        check_range("guidance.views_per_step", self.views_per_step, 1, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CamerasConfig:
+    """Where the training cameras stand."""
+
+    elevation_deg: tuple[float, float] = (-10.0, 45.0)
+    """Lowest and highest elevation above the horizon, degrees."""
+    overhead_deg: tuple[float, float] = (60.0, 85.0)
+    """Lowest and highest elevation of overhead views, degrees."""
+    overhead_probability: float = 0.1
+    """Share of views from overhead."""
+    radius: tuple[float, float] = (2.1, 2.7)
+    """Nearest and farthest camera distance; the object's longest side is 1."""
+    fov_y_deg: float = 40.0
+    """Vertical field of view, degrees."""
+
+    def __post_init__(self) -> None:
+        check_pair("cameras.elevation_deg", self.elevation_deg, -90.0, 90.0)
+        check_pair("cameras.overhead_deg", self.overhead_deg, -90.0, 90.0)
+        check_range("cameras.overhead_probability", self.overhead_probability, 0.0, 1.0)
+        check_pair("cameras.radius", self.radius, 1.0, 100.0)
+        check_range("cameras.fov_y_deg", self.fov_y_deg, 1.0, 120.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldConfig:
+    """The radiance field that is optimised."""
+
+    resolution: int = 64
+    """Cells of the density and colour grid along each side."""
+    half_extent: float = 0.6
+    """Half the side of the cube that the field fills; the object's longest side is 1."""
+    initial_radius: float = 0.35
+    """Radius of the soft ball that the density starts from."""
+
+    def __post_init__(self) -> None:
+        check_range("field.resolution", self.resolution, 8, 512)
+        check_range("field.half_extent", self.half_extent, 0.1, 10.0)
+        check_range("field.initial_radius", self.initial_radius, 0.01, self.half_extent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RendererConfig:
+    """Volume rendering during the run."""
+
+    resolution: Schedule = ((0.0, 64.0), (0.6, 64.0), (0.6, 96.0))
+    """Rendered image side in pixels over the run."""
+    samples_per_ray: int = 64
+    """Samples along a ray before empty space is pruned."""
+    background: Literal["random", "white", "grey"] = "random"
+    """Colour behind the object while training."""
+
+    def __post_init__(self) -> None:
+        check_schedule("renderer.resolution", self.resolution, 8.0, 2048.0)
+        check_range("renderer.samples_per_ray", self.samples_per_ray, 4, 4096)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeScoreConfig:
+    """The LoRA that learns to denoise the current renders."""
+
+    lora_rank: int = 8
+    """Rank of the LoRA on the attention layers of the teacher's UNet."""
+    learning_rate: float = 1e-3
+    """Its AdamW learning rate."""
+    updates_per_step: int = 1
+    """Updates of the fake score for each step of the field."""
+    warmup_steps: int = 20
+    """Updates of the fake score before the field starts to move."""
+
+    def __post_init__(self) -> None:
+        check_range("fake_score.lora_rank", self.lora_rank, 1, 256)
+        check_range("fake_score.learning_rate", self.learning_rate, 0.0, 1.0)
+        check_range("fake_score.updates_per_step", self.updates_per_step, 0, 100)
+        check_range("fake_score.warmup_steps", self.warmup_steps, 0, 1_000_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig:
+    """The head that tells teacher samples from renders; its logit is the log ratio."""
+
+    learning_rate: float = 1e-3
+    """Its AdamW learning rate."""
+    num_real_samples: int = 16
+    """Teacher samples drawn for the prompt, shared by the views."""
+    sampling_steps: int = 12
+    """Denoising steps of each teacher sample."""
+    updates_per_step: int = 1
+    """Updates of the discriminator for each step of the field."""
+    max_log_ratio: float = 5.0
+    """Bound on the absolute log ratio that weighs the gradient."""
+
+    def __post_init__(self) -> None:
+        check_range("discriminator.learning_rate", self.learning_rate, 0.0, 1.0)
+        check_range("discriminator.num_real_samples", self.num_real_samples, 1, 4096)
+        check_range("discriminator.sampling_steps", self.sampling_steps, 1, 1000)
+        check_range("discriminator.updates_per_step", self.updates_per_step, 0, 100)
+        check_range("discriminator.max_log_ratio", self.max_log_ratio, 0.0, 30.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimiserConfig:
+    """How the field moves."""
+
+    density_learning_rate: Schedule = ((0.0, 0.08), (0.5, 0.08), (1.0, 0.012))
+    """Adam learning rate of the density over the run."""
+    colour_learning_rate: Schedule = ((0.0, 0.05), (0.5, 0.05), (1.0, 0.0075))
+    """Adam learning rate of the colour over the run."""
+    max_gradient_norm: float = 10.0
+    """Larger gradients of the field are scaled down to this norm; 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        check_schedule("optimiser.density_learning_rate", self.density_learning_rate, 0.0, 10.0)
+        check_schedule("optimiser.colour_learning_rate", self.colour_learning_rate, 0.0, 10.0)
+        check_range("optimiser.max_gradient_norm", self.max_gradient_norm, 0.0, 1e9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegularisersConfig:
+    """Weights of the terms that keep the field compact and solid."""
+
+    smoothness: Schedule = ((0.0, 0.3),)
+    """Squared differences between neighbouring cells."""
+    opacity_entropy: Schedule = ((0.0, 0.0), (0.25, 0.0), (1.0, 13.5))
+    """Entropy of each pixel's opacity: pushes fog to be either there or not."""
+    opacity: Schedule = ((0.0, 0.3),)
+    """Mean opacity: removes what no view asks for."""
+
+    def __post_init__(self) -> None:
+        check_schedule("regularisers.smoothness", self.smoothness, 0.0, 1e6)
+        check_schedule("regularisers.opacity_entropy", self.opacity_entropy, 0.0, 1e6)
+        check_schedule("regularisers.opacity", self.opacity, 0.0, 1e6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """What becomes of the field at the end."""
+
+    resolution: int = 128
+    """Cells of the grid on which the surface is extracted, along each side."""
+    iso_level: float | None = None
+    """Density at the surface; none chooses it so that the mesh matches the renders."""
+    max_triangles: int = 30_000
+    """The surface is decimated to at most this many triangles."""
+    texture_size: int = 1024
+    """Side of the colour texture in pixels, a power of two."""
+    formats: tuple[MeshFormat, ...] = ("glb",)
+    """Files written into the run directory: glb, obj, ply."""
+    turntable_frames: int = 60
+    """Frames of turntable.mp4; 0 writes none."""
+
+    def __post_init__(self) -> None:
+        check_range("mesh.resolution", self.resolution, 16, 1024)
+        if self.iso_level is not None:
+            check_range("mesh.iso_level", self.iso_level, 1e-6, 1e9)
+        check_range("mesh.max_triangles", self.max_triangles, 100, 2_000_000)
+        check_range("mesh.texture_size", self.texture_size, 64, 8192)
+        if self.texture_size & (self.texture_size - 1):
+            raise ConfigError(
+                f"mesh.texture_size is {self.texture_size}; expected a power of two such as 512, 1024 or 2048"
+            )
+        if not self.formats:
+            raise ConfigError("mesh.formats is empty; expected at least one of glb, obj, ply")
+        check_range("mesh.turntable_frames", self.turntable_frames, 0, 3600)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointsConfig:
+    """How often the run is saved."""
+
+    interval_s: float = 60.0
+    """Seconds between checkpoints; an interrupted run loses at most this much."""
+    keep: int = 2
+    """Newest checkpoints kept; the older one is the fallback if the newest is damaged."""
+
+    def __post_init__(self) -> None:
+        check_range("checkpoints.interval_s", self.interval_s, 0.0, 86_400.0)
+        check_range("checkpoints.keep", self.keep, 1, 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTo3DConfig:
+    """One text-to-3D run."""
+
+    prompt: str = ""
+    """What to make, for example "a red wooden chair"."""
+    negative_prompt: str = ""
+    """What the result should not look like."""
+    output: Path | None = None
+    """Where the mesh goes (.glb, .obj or .ply); none leaves it in the run directory."""
+    runs_folder: Path = Path("outputs")
+    """Folder in which each run gets its own directory."""
+    seed: int = 0
+    """Seed of every random choice."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."""
+    teacher: str = "embedded"
+    """embedded (comes with uni3d), a Stable Diffusion id of the hub, or a directory in that layout."""
+    quality: Quality = "default"
+    """default, or draft for a faster and coarser result; a file and flags override its values."""
+    method: str = "uni-instruct"
+    """How the teacher guides: uni-instruct, vsd, sds or another name of `uni3d methods`."""
+    divergence: str = "forward_kl"
+    """Divergence of the methods that let you choose, or a mixture such as "0.4*forward_kl+0.6*reverse_kl"."""
+    steps: int = 400
+    """Optimisation steps of the field."""
+    resume: Path | None = None
+    """Run directory of an interrupted run to go on with."""
+    overwrite: bool = False
+    """Replace an output file that exists."""
+    quiet: bool = False
+    """No progress on stderr."""
+    json: bool = False
+    """Print the result as one JSON object instead of a path."""
+
+    guidance: GuidanceConfig = GuidanceConfig()
+    cameras: CamerasConfig = CamerasConfig()
+    field: FieldConfig = FieldConfig()
+    renderer: RendererConfig = RendererConfig()
+    fake_score: FakeScoreConfig = FakeScoreConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    regularisers: RegularisersConfig = RegularisersConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+
+    def __post_init__(self) -> None:
+        check_range("seed", self.seed, 0, MAX_SEED)
+        check_range("steps", self.steps, 1, 10_000_000)
+        check_name("method", self.method.replace("_", "-"), METHOD_NAMES)
+        parse_divergence(self.divergence)

@@ -1,0 +1,234 @@
+"""Strict YAML for the dataclasses of `config.py`: every mistake is one sentence with file, line and remedy.
+
+The YAML is only composed into nodes, never constructed, so a file can name no Python type and run no code,
+and every node still knows its line. Values are coerced by the annotated type of the field, so `1e-4` and `50`
+are floats where a float is expected. Keys that a file leaves out keep the value of `base`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from uni3d.config_values import Schedule, suggestion
+from uni3d.errors import ConfigError
+
+MAX_FILE_BYTES = 1 << 20
+_INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
+_NUMBER = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
+_TAG = "tag:yaml.org,2002:"
+
+T = TypeVar("T")
+
+
+def load_config(path: str | Path, base: T) -> T:
+    """Read the YAML file `path` over the values of the dataclass instance `base` and return a new instance.
+
+    Raises ConfigError for a file that cannot be read, is no YAML mapping, names an unknown or a repeated key,
+    or holds a value of the wrong type or outside its range.
+    """
+    file = Path(path)
+    root = _compose(_read_text(file), file)
+    if root is None:
+        return base
+    return _Reader(file).read_dataclass(root, base, "")
+
+
+def config_to_yaml(config: Any) -> str:
+    """The whole configuration as YAML that `load_config` reads back to an equal instance."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as nested dicts of JSON values: lists for tuples, text for paths."""
+    plain = _plain(config)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _read_text(file: Path) -> str:
+    try:
+        if not file.exists():
+            raise ConfigError(f"configuration file '{file}' does not exist; check the path given to --config")
+        if not file.is_file():
+            raise ConfigError(f"configuration '{file}' is not a file; pass a YAML file")
+        with file.open("rb") as stream:
+            data = stream.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"configuration file '{file}' cannot be read: {error}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(
+            f"configuration file '{file}' is larger than {MAX_FILE_BYTES >> 20} MiB; "
+            f"pass a settings file, not data"
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"configuration file '{file}' is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
+
+
+def _compose(text: str, file: Path) -> yaml.Node | None:
+    try:
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if isinstance(token, (yaml.AnchorToken, yaml.AliasToken, yaml.TagToken)):
+                raise ConfigError(
+                    f"{file}:{token.start_mark.line + 1}: anchors, aliases and tags are not accepted; "
+                    f"write the value itself"
+                )
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        problem = error.problem or error.context or "it cannot be parsed"
+        raise ConfigError(f"{file}:{line}: not valid YAML: {problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file}: the values are nested too deeply for a settings file") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    file: Path
+
+    def fail(self, node: yaml.Node, message: str) -> NoReturn:
+        raise ConfigError(f"{self.file}:{node.start_mark.line + 1}: {message}")
+
+    def read_dataclass(self, node: yaml.Node, base: Any, prefix: str) -> Any:
+        """Overlay the mapping `node` on the dataclass instance `base`; `prefix` is its dotted path."""
+        if not isinstance(node, yaml.MappingNode):
+            what = f"'{prefix.rstrip('.')}'" if prefix else "the file"
+            self.fail(node, f"{what} holds {_describe(node)}; expected keys with values")
+        hints = get_type_hints(type(base))
+        known = [field.name for field in dataclasses.fields(base)]
+        changes: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.fail(
+                    key_node, f"a key under '{prefix or '.'}' is {_describe(key_node)}; expected a name"
+                )
+            key = key_node.value
+            if key not in known:
+                self.fail(key_node, f"unknown key '{prefix}{key[:80]}'; {suggestion(key, known)}")
+            if key in changes:
+                self.fail(key_node, f"key '{prefix}{key}' is given twice; keep one of them")
+            current = getattr(base, key)
+            if dataclasses.is_dataclass(current):
+                changes[key] = self.read_dataclass(value_node, current, f"{prefix}{key}.")
+            else:
+                changes[key] = self.read_value(value_node, hints[key], f"{prefix}{key}")
+        try:
+            return dataclasses.replace(base, **changes)
+        except ConfigError as error:
+            if str(error).startswith(f"{self.file}:"):
+                raise
+            self.fail(node, str(error))
+
+    def read_value(self, node: yaml.Node, kind: Any, key: str) -> Any:
+        """Coerce `node` to the annotated type `kind`."""
+        if kind == Schedule:
+            return self.read_schedule(node, key)
+        origin, arguments = get_origin(kind), get_args(kind)
+        if origin in (Union, types.UnionType):
+            return self.read_optional(node, arguments, key)
+        if origin is Literal:
+            return self.read_choice(node, arguments, key)
+        if origin is tuple:
+            return self.read_tuple(node, arguments, key)
+        if not isinstance(node, yaml.ScalarNode):
+            self.fail(node, f"'{key}' is {_describe(node)}; expected {_NAMES[kind]}")
+        if kind is bool:
+            return self.read_bool(node, key)
+        if kind is int:
+            return self.read_int(node, key)
+        if kind is float:
+            return self.read_float(node, key)
+        return kind(self.read_text(node, key))
+
+    def read_optional(self, node: yaml.Node, arguments: tuple[Any, ...], key: str) -> Any:
+        if isinstance(node, yaml.ScalarNode) and node.tag == f"{_TAG}null":
+            return None
+        (kind,) = (argument for argument in arguments if argument is not type(None))
+        return self.read_value(node, kind, key)
+
+    def read_choice(self, node: yaml.Node, choices: tuple[Any, ...], key: str) -> Any:
+        value = node.value if isinstance(node, yaml.ScalarNode) else None
+        if value not in choices:
+            shown = repr(value[:80]) if isinstance(value, str) else _describe(node)
+            self.fail(node, f"'{key}' is {shown}; {suggestion(str(value), choices)}")
+        return value
+
+    def read_tuple(self, node: yaml.Node, arguments: tuple[Any, ...], key: str) -> tuple[Any, ...]:
+        if not isinstance(node, yaml.SequenceNode):
+            self.fail(node, f"'{key}' is {_describe(node)}; expected a list such as [a, b]")
+        if arguments[-1] is Ellipsis:
+            kinds = [arguments[0]] * len(node.value)
+        else:
+            kinds = list(arguments)
+            if len(kinds) != len(node.value):
+                self.fail(node, f"'{key}' has {len(node.value)} values; expected {len(kinds)}")
+        return tuple(self.read_value(item, kind, key) for item, kind in zip(node.value, kinds, strict=True))
+
+    def read_schedule(self, node: yaml.Node, key: str) -> Schedule:
+        """A list of [fraction of the run, value] pairs; a bare number is a constant."""
+        if isinstance(node, yaml.ScalarNode):
+            return ((0.0, self.read_float(node, key)),)
+        pairs: list[tuple[float, float]] = []
+        for item in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+            if not isinstance(item, yaml.SequenceNode) or len(item.value) != 2:
+                self.fail(item, f"'{key}' is {_describe(item)}; expected a number or pairs [[0, 12], [1, 6]]")
+            position, value = (self.read_value(number, float, key) for number in item.value)
+            pairs.append((position, value))
+        return tuple(pairs)
+
+    def read_bool(self, node: yaml.ScalarNode, key: str) -> bool:
+        if node.style is None and node.value.lower() in ("true", "false"):
+            return node.value.lower() == "true"
+        self.fail(node, f"'{key}' is {_describe(node)}; expected true or false")
+
+    def read_int(self, node: yaml.ScalarNode, key: str) -> int:
+        if node.style is None and _INTEGER.fullmatch(node.value) and len(node.value) <= 40:
+            return int(node.value)
+        self.fail(node, f"'{key}' is {_describe(node)}; expected a whole number")
+
+    def read_float(self, node: yaml.ScalarNode, key: str) -> float:
+        if node.style is None and _NUMBER.fullmatch(node.value):
+            value = float(node.value)
+            if math.isfinite(value):
+                return value
+        self.fail(node, f"'{key}' is {_describe(node)}; expected a number")
+
+    def read_text(self, node: yaml.ScalarNode, key: str) -> str:
+        if node.style is None and node.tag in (f"{_TAG}null", f"{_TAG}bool"):
+            self.fail(node, f"'{key}' is {_describe(node)}; expected text, so put it in quotes")
+        return node.value
+
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+
+
+def _describe(node: yaml.Node) -> str:
+    """How an error names the value that was got."""
+    if isinstance(node, yaml.MappingNode):
+        return "a group of keys"
+    if isinstance(node, yaml.SequenceNode):
+        return f"a list of {len(node.value)}"
+    if node.tag == f"{_TAG}null":
+        return "empty"
+    return repr(str(node.value)[:80])
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
