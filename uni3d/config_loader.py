@@ -7,10 +7,17 @@ are floats where a float is expected. Keys that a file leaves out keep the value
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import inspect
+import itertools
+import json
 import math
 import re
+import textwrap
 import types
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -22,6 +29,8 @@ from uni3d.errors import ConfigError
 MAX_FILE_BYTES = 1 << 20
 _INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
 _NUMBER = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
+_PLAIN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*[A-Za-z0-9]")
+_YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null")
 _TAG = "tag:yaml.org,2002:"
 
 T = TypeVar("T")
@@ -40,9 +49,13 @@ def load_config(path: str | Path, base: T) -> T:
     return _Reader(file).read_dataclass(root, base, "")
 
 
-def config_to_yaml(config: Any) -> str:
-    """The whole configuration as YAML that `load_config` reads back to an equal instance."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=100)
+def config_to_yaml(config: Any, *, leave_out: Collection[str] = ()) -> str:
+    """The configuration as YAML, each key under its documentation; `load_config` reads an equal one back.
+
+    `leave_out` names top-level keys to omit.
+    """
+    head = (type(config).__doc__ or "").strip().splitlines()[0]
+    return f"# {head}\n\n" + "\n".join(_yaml_lines(config, "", leave_out)) + "\n"
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -224,6 +237,56 @@ def _describe(node: yaml.Node) -> str:
     if node.tag == f"{_TAG}null":
         return "empty"
     return repr(str(node.value)[:80])
+
+
+def _yaml_lines(config: Any, indent: str, leave_out: Collection[str] = ()) -> Iterator[str]:
+    documentation = field_documentation(type(config))
+    for field in dataclasses.fields(config):
+        if field.name in leave_out:
+            continue
+        value = getattr(config, field.name)
+        is_group = dataclasses.is_dataclass(value)
+        text = (type(value).__doc__ or "").splitlines()[0] if is_group else documentation.get(field.name, "")
+        if is_group and not indent:
+            yield ""
+        for line in textwrap.wrap(text, 98 - len(indent)):
+            yield f"{indent}# {line}"
+        if is_group:
+            yield f"{indent}{field.name}:"
+            yield from _yaml_lines(value, indent + "  ")
+        else:
+            yield f"{indent}{field.name}: {_yaml_value(_plain(value))}"
+
+
+def _yaml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_yaml_value(item) for item in value)}]"
+    if isinstance(value, float):
+        text = repr(value)
+        # YAML 1.1 readers take 1e-05 for text; with a point it is a number to everyone.
+        return text if "e" not in text or "." in text else text.replace("e", ".0e")
+    is_plain = isinstance(value, str) and _PLAIN_TEXT.fullmatch(value) and value.lower() not in _YAML_WORDS
+    return value if is_plain else json.dumps(value, ensure_ascii=False)
+
+
+@functools.cache
+def field_documentation(kind: type) -> dict[str, str]:
+    """The text under each field of a dataclass, one line each; empty where the source is not at hand."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError):
+        return {}
+    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+    found: dict[str, str] = {}
+    for statement, following in itertools.pairwise(body):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            found[statement.target.id] = " ".join(str(following.value.value).split())
+    return found
 
 
 def _plain(value: Any) -> Any:

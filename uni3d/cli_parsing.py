@@ -1,0 +1,93 @@
+"""Flags of one command by tyro, with its error boxes folded into one sentence.
+
+Flags win over the file given by `--config`, and the file over the defaults: the file is read first and
+becomes the default that tyro shows and fills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import TypeVar, cast
+
+import tyro
+
+from uni3d.errors import UsageError
+
+T = TypeVar("T")
+
+_BOX = "╭╮╰╯│─━┌┐└┘┃"
+_FLAG = re.compile(r"--[\w.-]+")
+
+
+def parse_flags(kind: type[T], arguments: Sequence[str], *, command: str, default: T | None = None) -> T:
+    """`arguments` as an instance of the dataclass `kind`; UsageError, in one sentence, if they do not fit.
+
+    `--help` prints the flags with the values of `default` to stdout and raises SystemExit(0).
+    """
+    said = io.StringIO()
+    # The box is unfolded again below, so it should break as few lines as possible.
+    wide = {"COLUMNS": "500"} if not {"-h", "--help"} & set(arguments) else {}
+    try:
+        with contextlib.redirect_stderr(said), _environment(wide):
+            parsed = tyro.cli(kind, args=list(arguments), prog=f"uni3d {command}", default=default)
+            return cast(T, parsed)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        sentence = fold_box(said.getvalue())
+        raise UsageError(f"{sentence}; see uni3d {command} --help") from None
+
+
+def option_value(arguments: Sequence[str], name: str) -> str | None:
+    """The last value given to the flag `--name` before a lone `--`, read ahead of the real parsing."""
+    value = None
+    for position, word in enumerate(arguments):
+        if word == "--":
+            break
+        if word == f"--{name}" and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif word.startswith(f"--{name}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def fold_box(text: str) -> str:
+    """One sentence from a boxed message of tyro: its first paragraph, and the flag it suggests."""
+    paragraphs: list[list[str]] = [[]]
+    for line in text.splitlines():
+        is_rule = "─" in line and not re.search(r"[A-Za-z]", line)
+        words = line.strip(_BOX + " ")
+        if is_rule or not words or line.startswith("╭"):
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(words)
+    filled = [" ".join(paragraph) for paragraph in paragraphs if paragraph]
+    if not filled:
+        return " ".join(text.split())[:500] or "the options cannot be read"
+    sentence = re.sub(r"^Error parsing (?!--)\w+: ", "", filled[0])
+    sentence = re.sub(r"^Error parsing ", "", sentence)
+    sentence = re.sub(
+        r"invalid literal for int\(\) with base 10: (.*)$", r"\1 is not a whole number", sentence
+    )
+    sentence = re.sub(r"could not convert string to float: (.*)$", r"\1 is not a number", sentence)
+    sentence = sentence[:1].lower() + sentence[1:] if sentence[1:2].islower() else sentence
+    near = next((_FLAG.search(part) for part in filled if part.startswith("Perhaps you meant")), None)
+    return f"{sentence}; did you mean {near[0]}?" if near else sentence.rstrip(".")
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,75 @@
+"""Whether a result can be written where the user wants it: asked before any work is done."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from uni3d.errors import UsageError
+
+MESH_SUFFIXES = (".glb", ".obj", ".ply")
+
+
+def check_output_file(
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    suffixes: Sequence[str] = MESH_SUFFIXES,
+) -> Path:
+    """`path` as a Path, if a file can be written there; nothing is created or changed.
+
+    Raises UsageError for an unknown suffix, a missing or read-only folder, a folder in the file's place, and
+    a file that exists unless `overwrite`.
+    """
+    target = Path(path)
+    try:
+        if target.is_dir():
+            raise UsageError(f"output '{target}' is a folder; add a file name such as {target / 'mesh.glb'}")
+        if target.suffix.lower() not in suffixes:
+            raise UsageError(
+                f"output '{target}' has the suffix '{target.suffix}'; use one of {', '.join(suffixes)}"
+            )
+        if not target.parent.is_dir():
+            raise UsageError(
+                f"the folder '{target.parent}' of output '{target}' does not exist; create it first"
+            )
+        if target.exists() and not overwrite:
+            raise UsageError(f"output '{target}' exists; choose another name or pass --overwrite")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"output '{str(target)[:200]}' is no usable path ({reason}); choose another"
+        ) from error
+    _check_writable(target.parent)
+    return target
+
+
+def check_output_folder(path: str | os.PathLike[str]) -> Path:
+    """`path` as a Path, if it is a folder that can be written to or can be made; nothing is created."""
+    folder = Path(path)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"'{folder}' is a file where a folder is needed; choose another name")
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"'{str(folder)[:200]}' is no usable folder ({reason}); choose another") from error
+    _check_writable(existing)
+    return folder
+
+
+def _check_writable(folder: Path) -> None:
+    """Make and remove a nameless file: permission bits alone say nothing about read-only mounts or quotas."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"the folder '{folder}' cannot be written to ({error.strerror}); choose another one"
+        ) from error
