@@ -26,7 +26,7 @@ class TeacherDataConfig:
     """Views are drawn with a weight of (views of the same noun)^-power, so that rare nouns are seen."""
     recolour_probability: float = 0.4
     """Recolour the main material to a random colour word, and say that word in the caption."""
-    recolour_jitter: float = 0.04
+    recolour_jitter: float = 0.025
     """Standard deviation of the target colour around its word's colours, sRGB in [0, 1]."""
     flip_probability: float = 0.5
     """Mirror the image and negate the azimuth."""
