@@ -1,0 +1,190 @@
+"""The evaluator's network: a residual image tower, a small text transformer and a view classifier.
+
+Images and texts meet in one embedding space; nouns, colours and captions are classified by comparing an image
+with texts, each with its own temperature. Views have a linear head of their own.
+Legend: B batch, H W pixels, L words, F pooled features, E embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from uni3d.errors import UsageError
+from uni3d.evaluation.vocabulary import PADDING
+
+VIEW_WORDS = ("front", "side", "back", "overhead")
+_MAX_LOG_SCALE = 4.0
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Shape of the network; saved beside the weights as config.json."""
+
+    image_size: int
+    stage_channels: tuple[int, ...]
+    stage_blocks: tuple[int, ...]
+    embedding_size: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    max_words: int
+    vocabulary_size: int
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.stage_channels) != len(self.stage_blocks) or not self.stage_channels:
+            raise UsageError(
+                f"stage_channels has {len(self.stage_channels)} entries and stage_blocks "
+                f"{len(self.stage_blocks)}; expected equally many, at least one"
+            )
+        if self.text_width % self.text_heads:
+            raise UsageError(f"text_width {self.text_width} is not divisible by text_heads {self.text_heads}")
+
+
+class _ConvNorm(nn.Sequential):
+    """Convolution, batch normalisation and, unless it ends a block, an activation."""
+
+    def __init__(
+        self, channels_in: int, channels: int, size: int, stride: int = 1, *, activate: bool = True
+    ) -> None:
+        layers: list[nn.Module] = [
+            nn.Conv2d(channels_in, channels, size, stride, size // 2, bias=False),
+            nn.BatchNorm2d(channels),
+        ]
+        super().__init__(*layers, *([nn.SiLU(inplace=True)] if activate else []))
+
+
+class _ChannelGate(nn.Module):
+    """Squeeze and excitation (Hu et al. 2018): channels are weighed by what the whole image holds."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(channels // 8, 8)
+        self.squeeze = nn.Conv2d(channels, hidden, 1)
+        self.excite = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.excite(functional.silu(self.squeeze(x.mean(dim=(2, 3), keepdim=True))))
+        return x * torch.sigmoid(weights)
+
+
+class _ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with a channel gate; the shortcut averages when the block halves the side."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            _ConvNorm(channels_in, channels, 3, stride),
+            _ConvNorm(channels, channels, 3, activate=False),
+            _ChannelGate(channels),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != channels:
+            pool: list[nn.Module] = [nn.AvgPool2d(stride)] if stride != 1 else []
+            self.shortcut = nn.Sequential(*pool, _ConvNorm(channels_in, channels, 1, activate=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.silu(self.body(x) + self.shortcut(x))
+
+
+class ImageTower(nn.Module):
+    """Images [B, 3, H, W] in [0, 1] to pooled features [B, F]: mean and maximum over the last feature map."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        first = config.stage_channels[0]
+        self.stem = nn.Sequential(
+            _ConvNorm(3, first // 2, 3, 2),
+            _ConvNorm(first // 2, first // 2, 3),
+            _ConvNorm(first // 2, first, 3, 2),
+        )
+        stages: list[nn.Module] = []
+        previous = first
+        for stage, (channels, blocks) in enumerate(
+            zip(config.stage_channels, config.stage_blocks, strict=True)
+        ):
+            for block in range(blocks):
+                stages.append(_ResidualBlock(previous, channels, 2 if stage > 0 and block == 0 else 1))
+                previous = channels
+        self.stages = nn.Sequential(*stages)
+        self.num_features = 2 * previous
+        self.norm = nn.LayerNorm(self.num_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stages(self.stem(images * 4 - 2))
+        return self.norm(torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1).float())
+
+
+class TextTower(nn.Module):
+    """Token indices [B, L] to vectors [B, width]: a small transformer, averaged over the words."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        width = config.text_width
+        self.words = nn.Embedding(config.vocabulary_size, width, padding_idx=PADDING)
+        self.positions = nn.Parameter(0.02 * torch.randn(config.max_words, width))
+        layer = nn.TransformerEncoderLayer(
+            width,
+            config.text_heads,
+            4 * width,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.layers = nn.TransformerEncoder(layer, config.text_layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.words.weight, std=0.1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        is_padding = tokens == PADDING
+        x = self.words(tokens) + self.positions[: tokens.shape[1]]
+        x = self.layers(x, src_key_padding_mask=is_padding)
+        keep = (~is_padding).to(x.dtype)[..., None]
+        return self.norm(((x * keep).sum(1) / keep.sum(1).clamp_min(1)).float())
+
+
+@dataclass(frozen=True)
+class ImageOutput:
+    """What the image side computes: pooled features [B, F], unit embedding [B, E], view logits [B, 4]."""
+
+    features: Tensor
+    embedding: Tensor
+    view_logits: Tensor
+
+
+class EvaluatorNetwork(nn.Module):
+    """Image tower, text tower, view head and one temperature each for nouns, colours and captions."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_tower = ImageTower(config)
+        self.text_tower = TextTower(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.image_projection = nn.Linear(self.image_tower.num_features, config.embedding_size)
+        self.text_projection = nn.Linear(config.text_width, config.embedding_size)
+        self.view_head = nn.Linear(self.image_tower.num_features, len(VIEW_WORDS))
+        self.log_scales = nn.ParameterDict(
+            {kind: nn.Parameter(torch.tensor(2.3)) for kind in ("noun", "colour", "caption")}
+        )
+
+    def images(self, images: Tensor) -> ImageOutput:
+        """Images float [B, 3, H, W] in [0, 1]; float32 outputs."""
+        features = self.image_tower(images)
+        kept = self.dropout(features)
+        embedding = functional.normalize(self.image_projection(kept).float(), dim=-1)
+        return ImageOutput(features, embedding, self.view_head(kept).float())
+
+    def texts(self, tokens: Tensor) -> Tensor:
+        """Unit embeddings float32 [B, E] of token indices [B, L]."""
+        return functional.normalize(self.text_projection(self.text_tower(tokens)).float(), dim=-1)
+
+    def similarity(self, image_embedding: Tensor, text_embedding: Tensor, kind: str) -> Tensor:
+        """Logits [B, T]: cosine times the temperature of `kind` (noun, colour or caption)."""
+        scale = self.log_scales[kind].clamp(max=_MAX_LOG_SCALE).exp()
+        return scale * image_embedding @ text_embedding.T

@@ -1,0 +1,79 @@
+"""Numbers about samples: bootstrap intervals of rates and the Frechet distance of two sets of features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uni3d.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A mean with its 95 % bootstrap interval and the number of independent units behind it."""
+
+    mean: float
+    low: float
+    high: float
+    num: int
+
+    def percent(self) -> str:
+        """For tables: "87.5 % (84.1-90.3)"."""
+        return f"{100 * self.mean:.1f} % ({100 * self.low:.1f}-{100 * self.high:.1f})"
+
+    def as_dict(self) -> dict[str, float | int]:
+        """For JSON."""
+        return {"mean": self.mean, "low": self.low, "high": self.high, "num": self.num}
+
+
+def bootstrap_rate(
+    values: Sequence[float] | np.ndarray, *, num_resamples: int = 1000, seed: int = 0
+) -> Rate | None:
+    """Mean of `values` [N], one per independent unit (caption, asset, mesh), with a 95 % percentile interval.
+
+    Average what belongs to one unit (its seeds, its views) before, so that units are resampled whole.
+    None for no values.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        return None
+    generator = np.random.default_rng(seed)
+    picks = generator.integers(0, array.size, size=(num_resamples, array.size))
+    low, high = np.quantile(array[picks].mean(axis=1), [0.025, 0.975])
+    return Rate(float(array.mean()), float(low), float(high), int(array.size))
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """Squared Frechet (2-Wasserstein) distance of the Gaussians fitted to two sets of features [N, F], [M, F].
+
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), in float64 (Dowson and Landau 1982). The trace of
+    the root is taken of the symmetric C_a^(1/2) C_b C_a^(1/2), which has the same eigenvalues. The estimate is
+    biased upwards for few samples: compare only figures with the same N and M.
+    Raises UsageError for fewer than two samples, other shapes or non-finite features.
+    """
+    if features_a.dim() != 2 or features_b.dim() != 2 or features_a.shape[1] != features_b.shape[1]:
+        raise UsageError(
+            f"got features of shapes {tuple(features_a.shape)} and {tuple(features_b.shape)}; expected [N, F] and [M, F]"
+        )
+    if min(len(features_a), len(features_b)) < 2:
+        raise UsageError(
+            f"got {len(features_a)} and {len(features_b)} samples; a Frechet distance needs at least 2 of each"
+        )
+    a, b = features_a.double(), features_b.double()
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise UsageError("features hold NaN or infinity; look at the images they were computed from")
+    mean_term = (a.mean(0) - b.mean(0)).square().sum()
+    cov_a, cov_b = torch.atleast_2d(torch.cov(a.T)), torch.atleast_2d(torch.cov(b.T))
+    root_a = _symmetric_root(cov_a)
+    trace_of_root = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp_min(0).sqrt().sum()
+    distance = mean_term + torch.trace(cov_a) + torch.trace(cov_b) - 2 * trace_of_root
+    return max(float(distance), 0.0)
+
+
+def _symmetric_root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
