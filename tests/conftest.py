@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -31,3 +32,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A randomly initialised teacher of the real classes in the diffusers layout: 16 px images, 4 px latents."""
+    from diffusers import StableDiffusionPipeline
+
+    from uni3d.diffusion.camera_token import CameraToken
+    from uni3d.teacher.autoencoder import build_autoencoder
+    from uni3d.teacher.denoiser import build_scheduler, build_text_encoder, build_unet
+    from uni3d.teacher.settings import AutoencoderConfig, DenoiserConfig
+    from uni3d.teacher.tokenizer import train_tokenizer
+
+    torch.manual_seed(7)
+    image = AutoencoderConfig(image_size=16, block_out_channels=(8, 8, 8), norm_num_groups=4)
+    network = DenoiserConfig(
+        block_out_channels=(16, 32), attention_heads=(1, 1), layers_per_block=1, norm_num_groups=4,
+        context_dim=16, text_layers=1, text_heads=2, context_length=16,
+    )  # fmt: skip
+    words = ["a", "red", "blue", "chair", "vase", "front", "side", "back", "overhead", "view", ","]
+    tokenizer = train_tokenizer(words, context_length=16)
+    folder = tmp_path_factory.mktemp("tiny-teacher")
+    pipeline = StableDiffusionPipeline(
+        vae=build_autoencoder(image),
+        text_encoder=build_text_encoder(network, tokenizer),
+        tokenizer=tokenizer,
+        unet=build_unet(network, image),
+        scheduler=build_scheduler(),
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    CameraToken(16, 16).save_pretrained(folder / "camera_token")
+    (folder / "vocabulary.json").write_text('{"nouns": {"chair": 2, "vase": 1}, "colours": {"red": 1}}')
+    return folder

@@ -39,6 +39,10 @@ class GuidanceConfig:
     """Largest noise level over the run, as a fraction of the teacher's timesteps."""
     noise_min: Schedule = ((0.0, 0.49), (0.8, 0.02))
     """Smallest noise level over the run, as a fraction of the teacher's timesteps."""
+    variant: Literal["integral", "exact", "four_term", "detached"] = "integral"
+    """Form of uni-instruct: integral needs no network Jacobian; exact and four_term do; detached is as published."""
+    adversarial_weight: float = 0.0
+    """Weight of the GAN term that uni-instruct adds to the score terms; 0 leaves it out."""
     views_per_step: int = 1
     """Views rendered and scored in one step."""
     view_prompts: bool = True
@@ -57,6 +61,7 @@ class GuidanceConfig:
                     f"guidance.noise_min is {low:g} and guidance.noise_max is {high:g} at {progress:g} of "
                     f"the run; noise_min must stay below noise_max"
                 )
+        check_range("guidance.adversarial_weight", self.adversarial_weight, 0.0, 1e6)
         check_range("guidance.views_per_step", self.views_per_step, 1, 64)
 
 
@@ -87,15 +92,20 @@ class CamerasConfig:
 class FieldConfig:
     """The radiance field that is optimised."""
 
-    resolution: int = 64
-    """Cells of the density and colour grid along each side."""
+    encoding: Literal["dense", "hash"] = "dense"
+    """dense: voxel grids, fast on a CPU. hash: a multiresolution hash grid and a small network, for GPUs."""
+    resolutions: tuple[int, ...] = (24, 48, 96)
+    """Vertices along an edge of each dense grid, coarse to fine."""
     half_extent: float = 0.6
     """Half the side of the cube that the field fills; the object's longest side is 1."""
     initial_radius: float = 0.35
     """Radius of the soft ball that the density starts from."""
 
     def __post_init__(self) -> None:
-        check_range("field.resolution", self.resolution, 8, 512)
+        if not self.resolutions:
+            raise ConfigError("field.resolutions is empty; expected one or more, such as [24, 48, 96]")
+        for resolution in self.resolutions:
+            check_range("field.resolutions", resolution, 4, 512)
         check_range("field.half_extent", self.half_extent, 0.1, 10.0)
         check_range("field.initial_radius", self.initial_radius, 0.01, self.half_extent)
 
@@ -107,13 +117,16 @@ class RendererConfig:
     resolution: Schedule = ((0.0, 64.0), (0.6, 64.0), (0.6, 96.0))
     """Rendered image side in pixels over the run."""
     samples_per_ray: int = 64
-    """Samples along a ray before empty space is pruned."""
+    """Samples across the field's cube before empty space is pruned."""
+    occupancy_interval: int = 8
+    """Steps between two looks at which parts of the cube are empty."""
     background: Literal["random", "white", "grey"] = "random"
     """Colour behind the object while training."""
 
     def __post_init__(self) -> None:
         check_schedule("renderer.resolution", self.resolution, 8.0, 2048.0)
         check_range("renderer.samples_per_ray", self.samples_per_ray, 4, 4096)
+        check_range("renderer.occupancy_interval", self.occupancy_interval, 1, 1_000_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,8 +274,8 @@ class TextTo3DConfig:
     """default, or draft for a faster and coarser result; a file and flags override its values."""
     method: str = "uni-instruct"
     """How the teacher guides: uni-instruct, vsd, sds or another name of `uni3d methods`."""
-    divergence: str = "forward_kl"
-    """Divergence of the methods that let you choose, or a mixture such as "0.4*forward_kl+0.6*reverse_kl"."""
+    divergence: str | None = None
+    """Divergence of methods that leave it open, or a mixture such as "0.4*forward_kl+0.6*reverse_kl"; none: their own."""
     steps: int = 400
     """Optimisation steps of the field."""
     resume: Path | None = None
@@ -289,4 +302,5 @@ class TextTo3DConfig:
         check_range("seed", self.seed, 0, MAX_SEED)
         check_range("steps", self.steps, 1, 10_000_000)
         check_name("method", self.method.replace("_", "-"), METHOD_NAMES)
-        parse_divergence(self.divergence)
+        if self.divergence is not None:
+            parse_divergence(self.divergence)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher, unet_middle_features
+from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 
 ADAPTER_NAME = "fake_score"
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -119,14 +119,6 @@ class LoRAFakeScore:
         """The student's x0-prediction, float32 [B, C, H, W]; arguments as `LatentDiffusionTeacher.predict_x0`."""
         with self.active(conditioning):
             return self.teacher.predict_x0(x, sigma, context)
-
-    def middle_features(self, x: Tensor, sigma: Tensor, context: Tensor, conditioning: Tensor) -> Tensor:
-        """Middle-block features of the fake score, float32 [B, F, h, w]."""
-        scale = torch.rsqrt(1 + sigma.float() ** 2)[:, None, None, None]
-        x_vp = (x.float() * scale).to(self.teacher.dtype)
-        timestep = self.teacher.schedule.timestep(sigma)
-        with self.active(conditioning) as unet:
-            return unet_middle_features(unet, x_vp, timestep, context.to(self.teacher.dtype)).float()
 
     def _switch(self, enabled: bool) -> None:
         # peft clears requires_grad of adapters it disables; the optimiser's parameters must keep theirs.

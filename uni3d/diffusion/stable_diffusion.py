@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from uni3d.diffusion.camera_token import CameraToken
 from uni3d.errors import MissingWeightsError, UsageError
-from uni3d.losses.noise_schedule import DiscreteVPSchedule
+from uni3d.losses.noise_schedule import DiscreteVPSchedule, vp_from_ve, x0_from_prediction
 
 logger = logging.getLogger(__name__)
 
@@ -182,21 +182,14 @@ class LatentDiffusionTeacher:
             sigma: noise level of each sample, [B].
             context: [B, L, E].
         """
-        scale = torch.rsqrt(1 + sigma.float() ** 2)[:, None, None, None]
         timestep = self.schedule.timestep(sigma)
-        x_vp = (x.float() * scale).to(self.dtype).contiguous(memory_format=torch.channels_last)
-        output = self.unet(x_vp, timestep, encoder_hidden_states=context.to(self.dtype)).sample.float()
-        return self._x0_from_output(output, x, sigma)
+        output = self.unet(self.network_input(x, sigma), timestep, encoder_hidden_states=context.to(self.dtype)).sample.float()
+        return x0_from_prediction(output, x.float(), sigma.float(), self.prediction_type)
 
-    def _x0_from_output(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        sigma = sigma.float()[:, None, None, None]
-        if self.prediction_type == "epsilon":
-            return x - sigma * output
-        if self.prediction_type == "sample":
-            return output
-        # v = a eps - s x0 with a = 1/sqrt(1+sigma^2), s = sigma a, on x_vp = a x.
-        scale = torch.rsqrt(1 + sigma**2)
-        return scale**2 * x - sigma * scale * output
+    def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """x in the variance-preserving form and precision that the network takes, [B, C, H, W]."""
+        x_vp = vp_from_ve(x.float(), sigma.float())
+        return x_vp.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
     def predict_guided_x0(
         self, x: Tensor, sigma: Tensor, context: Tensor, negative_context: Tensor, guidance_scale: float
@@ -228,8 +221,7 @@ class LatentDiffusionTeacher:
 
     def middle_features(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
         """Output of the network's middle block, float32 [B, F, h, w]: the encoder half of one pass."""
-        scale = torch.rsqrt(1 + sigma.float() ** 2)[:, None, None, None]
-        x_vp = (x.float() * scale).to(self.dtype).contiguous(memory_format=torch.channels_last)
+        x_vp = self.network_input(x, sigma)
         return unet_middle_features(self.unet, x_vp, self.schedule.timestep(sigma), context.to(self.dtype)).float()
 
     @torch.no_grad()

@@ -22,9 +22,9 @@ from uni3d.diffusion.discriminator import DiscriminatorHead
 from uni3d.diffusion.lora_score import LoRAFakeScore
 from uni3d.diffusion.prompt import VIEW_WORDS, PromptContexts
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
-from uni3d.losses import discriminator as discriminator_losses
-from uni3d.losses import fake_score as fake_score_losses
 from uni3d.losses import recipes
+from uni3d.losses.discriminator import RatioNormaliser, discriminator_loss, log_ratio_from_logits
+from uni3d.losses.fake_score import denoising_score_matching_loss
 
 
 @dataclass
@@ -124,7 +124,7 @@ class ScoreDistillation:
         *,
         fake_score: LoRAFakeScore | None = None,
         discriminator: DiscriminatorHead | None = None,
-        normaliser: discriminator_losses.RatioNormaliser | None = None,
+        normaliser: RatioNormaliser | None = None,
         real_latents: RealLatents | None = None,
         max_log_ratio: float = 5.0,
     ) -> None:
@@ -197,10 +197,10 @@ class ScoreDistillation:
             statistics["student_loss"] = student.detach()
         else:
             student = torch.zeros((), device=x0.device)
-        discriminator_loss = self._discriminator_loss(features.detach(), sigma, view_words, generator)
-        if discriminator_loss is not None:
-            statistics["discriminator_loss"] = discriminator_loss.detach()
-        return GuidanceLosses(student, fake_loss, discriminator_loss, statistics)
+        critic_loss = self._discriminator_loss(features.detach(), sigma, view_words, generator)
+        if critic_loss is not None:
+            statistics["discriminator_loss"] = critic_loss.detach()
+        return GuidanceLosses(student, fake_loss, critic_loss, statistics)
 
     # ------------------------------------------------------------------ parts
 
@@ -221,7 +221,7 @@ class ScoreDistillation:
         if self.fake_score is None:
             return None, None
         trained = self.fake_score.predict_x0(x.detach(), sigma, context, conditioning)
-        loss = fake_score_losses.denoising_loss(trained, x0.detach(), sigma, weighting="v").mean()
+        loss = denoising_score_matching_loss(trained, x0.detach(), sigma, weighting="v").mean()
         if not (through_networks and self.recipe.needs_fake_jacobian):
             return trained.detach(), loss
         attached = self.fake_score.predict_x0(x, sigma, context, conditioning)
@@ -238,8 +238,9 @@ class ScoreDistillation:
             features = self.teacher.middle_features(x0 + sigma[:, None, None, None] * eps, sigma, context)
         with _frozen(self.discriminator):
             logits = self.discriminator(features, sigma)
-        log_ratio = discriminator_losses.log_ratio_from_logits(logits, max_abs=self.max_log_ratio)
+        log_ratio = log_ratio_from_logits(logits, limit=self.max_log_ratio)
         if self.normaliser is not None:
+            self.normaliser.update(log_ratio.detach(), sigma)
             log_ratio = self.normaliser(log_ratio, sigma)
         return log_ratio, (logits if adversarial else None)
 
@@ -255,7 +256,7 @@ class ScoreDistillation:
             real_features = self.teacher.middle_features(real + sigma[:, None, None, None] * noise, sigma, context)
         logits = self.discriminator(torch.cat([real_features, rendered_features]), torch.cat([sigma, sigma]))
         real_logits, rendered_logits = logits.chunk(2)
-        return discriminator_losses.discriminator_loss(real_logits, rendered_logits).mean()
+        return discriminator_loss(real_logits, rendered_logits).mean()
 
 
 @contextmanager

@@ -1,0 +1,400 @@
+"""PROGRAM 1: a prompt becomes a textured mesh.
+
+    pipe = TextTo3DPipeline.from_pretrained("embedded")
+    pipe("a red wooden chair", seed=0).save("chair.glb")
+
+`generate` is the same as one command with everything around it: a run directory, progress, checkpoints, signals,
+resume. The rooms are composed here from left to right, and only here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import uni3d
+from uni3d.config import TextTo3DConfig
+from uni3d.config_loader import config_to_dict, config_to_yaml, load_config
+from uni3d.data.captions import unknown_prompt_warning
+from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
+from uni3d.errors import Uni3DError, UsageError
+from uni3d.mesh.export import TexturedMesh, write_mesh
+from uni3d.mesh.extraction import extract_surface
+from uni3d.mesh.report import compare_with_field, mesh_report
+from uni3d.mesh.texture import bake_texture
+from uni3d.mesh.turntable import render_mesh, write_preview, write_turntable
+from uni3d.outputs import check_output_file
+from uni3d.presets import quality_preset
+from uni3d.prompts import check_prompt, prompt_slug
+from uni3d.resources import weights_folder
+from uni3d.scene.camera import ring_cameras
+from uni3d.scene_optimiser import SceneOptimiser, resolve_recipe
+from uni3d.training.checkpoint import CheckpointStore, atomic_write, atomic_write_json
+from uni3d.training.run_log import NonFiniteGuard, Progress, RunDirectory
+from uni3d.training.stop import StopFlag
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "embedded"
+COMPARISON_SIZE = 128
+COMPARISON_VIEWS = 8
+NEUTRAL_GREY = 0.5
+
+
+@dataclass
+class TextTo3DResult:
+    """What one prompt became.
+
+    Attributes:
+        mesh: textured, in the unit box, Y up.
+        config: the settings that reproduce it.
+        report: figures about mesh and run, JSON-able.
+        seconds: wall-clock time by stage.
+    """
+
+    mesh: TexturedMesh
+    config: TextTo3DConfig
+    report: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the mesh; .glb, .obj or .ply by the suffix. Returns the path."""
+        return write_mesh(self.mesh, Path(path), extras=provenance(self.config))
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """Where `generate` put things; `as_dict` is what `--json` prints."""
+
+    output: Path
+    run_directory: Path
+    report: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {"output": str(self.output), "run_directory": str(self.run_directory), **self.report}
+
+
+class TextTo3DPipeline:
+    """Text to textured mesh by score distillation, with the call conventions of diffusers."""
+
+    def __init__(self, teacher: LatentDiffusionTeacher) -> None:
+        self.teacher = teacher
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path = EMBEDDED, *, device: str = "auto", torch_dtype: torch.dtype = torch.float32
+    ) -> TextTo3DPipeline:
+        """Load a teacher: "embedded", a hub id, or a directory in the diffusers layout; see `LatentDiffusionTeacher`."""
+        source = weights_folder("teacher") if str(name_or_path) == EMBEDDED else name_or_path
+        chosen, _ = choose_device(device)
+        return cls(LatentDiffusionTeacher.from_pretrained(source, device=chosen, dtype=torch_dtype))
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        seed: int = 0,
+        num_steps: int | None = None,
+        method: str | None = None,
+        config: TextTo3DConfig | None = None,
+        callback_on_step_end: Callable[[int, Mapping[str, float]], object] | None = None,
+    ) -> TextTo3DResult:
+        """Make a mesh of `prompt`.
+
+        Args:
+            config: settings to start from; the defaults otherwise. The other arguments win over it.
+            callback_on_step_end: called with the step's index and its numbers; returning False stops early.
+        """
+        changes: dict[str, Any] = {"prompt": check_prompt(prompt), "negative_prompt": negative_prompt, "seed": seed}
+        if num_steps is not None:
+            changes["steps"] = num_steps
+        if method is not None:
+            changes["method"] = method
+        settings = dataclasses.replace(config or quality_preset("default"), **changes)
+        started = time.monotonic()
+        optimiser = SceneOptimiser(settings, self.teacher)
+        try:
+            optimiser.prepare()
+            seconds = {"prepare": time.monotonic() - started}
+            started = time.monotonic()
+            guard = NonFiniteGuard()
+            while optimiser.step_index < settings.steps:
+                report = optimiser.step()
+                guard.check(optimiser.step_index, {"gradient": None if report.finite else float("nan")})
+                if callback_on_step_end and callback_on_step_end(optimiser.step_index, report.values) is False:
+                    break
+            seconds["optimise"] = time.monotonic() - started
+            mesh, mesh_figures, mesh_seconds = build_mesh(optimiser)
+        finally:
+            optimiser.close()
+        return TextTo3DResult(mesh, settings, mesh_figures, seconds | mesh_seconds)
+
+
+def choose_device(name: str) -> tuple[str, str]:
+    """Resolve "auto" and check the rest: (device, reason). Raises UsageError for a device that is not here."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda", f"auto: {torch.cuda.get_device_name()}"
+        return "cpu", f"auto: no CUDA device; {torch.get_num_threads()} threads"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device '{name}' is not a device; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device '{name}' is not on this machine ({torch.cuda.device_count()} CUDA devices); use --device cpu")
+    return name, "chosen"
+
+
+def provenance(config: TextTo3DConfig) -> dict[str, Any]:
+    """What is stored in the mesh file: how to make it again."""
+    return {
+        "generator": f"uni3d {uni3d.__version__}",
+        "prompt": config.prompt,
+        "negative_prompt": config.negative_prompt,
+        "seed": config.seed,
+        "method": config.method,
+        "divergence": config.divergence,
+        "steps": config.steps,
+        "teacher": config.teacher if config.teacher == EMBEDDED else Path(config.teacher).name,
+        "torch": torch.__version__,
+    }
+
+
+# ---------------------------------------------------------------------- field to mesh
+
+
+def build_mesh(optimiser: SceneOptimiser) -> tuple[TexturedMesh, dict[str, Any], dict[str, float]]:
+    """Extract, unwrap, paint and check the mesh of a field: (mesh, figures, seconds by stage)."""
+    settings = optimiser.config.mesh
+    scene = optimiser.field
+    seconds: dict[str, float] = {}
+    optimiser.occupancy.update(scene)
+    cameras = ring_cameras(COMPARISON_VIEWS)
+    with torch.no_grad():
+        rendered = optimiser.render(cameras, COMPARISON_SIZE, NEUTRAL_GREY)
+    with _timed(seconds, "surface"):
+        surface = extract_surface(
+            scene.density,
+            scene.half_extent,
+            settings.resolution,
+            iso_level=settings.iso_level,
+            max_triangles=settings.max_triangles,
+            device=optimiser.device,
+        )
+    with _timed(seconds, "texture"):
+        mesh = bake_texture(surface, _colour_function(optimiser), settings.texture_size)
+    with _timed(seconds, "check"):
+        mesh_images, mesh_alpha = render_mesh(mesh, cameras, COMPARISON_SIZE, background=NEUTRAL_GREY)
+        comparison = compare_with_field(
+            mesh_images,
+            rendered.image.permute(0, 2, 3, 1).cpu().numpy(),
+            mesh_alpha,
+            rendered.opacity[:, 0].cpu().numpy(),
+        )
+    if comparison.get("verdict") != "match":
+        logger.warning("the mesh differs from the field it was cut from: %s", comparison)
+    figures = {"surface": surface.report, "field_match": comparison, "fog": fog_share(rendered.opacity)}
+    return mesh, figures, seconds
+
+
+def fog_share(opacity: Tensor) -> float:
+    """Share of the silhouette's pixels (opacity above 0.1) that are neither solid nor clear (0.1 to 0.9)."""
+    silhouette = opacity > 0.1
+    fog = silhouette & (opacity < 0.9)
+    return float(fog.sum() / silhouette.sum().clamp(min=1))
+
+
+def _colour_function(optimiser: SceneOptimiser) -> Callable[[Tensor], Tensor]:
+    def colour(points: Tensor) -> Tensor:
+        with torch.no_grad():
+            return optimiser.field.colour(points.to(optimiser.device)).cpu()
+
+    return colour
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Any:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - started
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def generate(config: TextTo3DConfig) -> GenerateResult:
+    """Run `uni3d generate`: optimise, export, and leave one run directory.
+
+    Raises UsageError for bad input before anything is written, Interrupted after a signal once the state is saved.
+    """
+    run, config, is_resumed = _open_run(config)
+    device, reason = choose_device(config.device)
+    with run:
+        logger.info("device: %s (%s)", device, reason)
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "load"):
+            teacher = _load_teacher(config, device)
+        optimiser = SceneOptimiser(config, teacher)
+        try:
+            _optimise(optimiser, run, seconds, is_resumed=is_resumed)
+            mesh, figures, mesh_seconds = build_mesh(optimiser)
+        finally:
+            optimiser.close()
+        return _write_results(run, config, mesh, figures, seconds | mesh_seconds)
+
+
+def _open_run(config: TextTo3DConfig) -> tuple[RunDirectory, TextTo3DConfig, bool]:
+    """The run's directory and settings, and whether it goes on with an earlier one. Checks come before writing."""
+    choose_device(config.device)
+    if config.teacher == EMBEDDED:
+        weights_folder("teacher")
+    if config.resume is not None:
+        run = RunDirectory.open(config.resume)
+        saved = load_config(run.config_path, TextTo3DConfig())
+        if config.output is None and saved.output is not None:
+            config = dataclasses.replace(config, output=saved.output, overwrite=saved.overwrite)
+    config = dataclasses.replace(config, prompt=check_prompt(config.prompt))
+    resolve_recipe(config)
+    if config.output is not None:
+        check_output_file(config.output, overwrite=config.overwrite)
+    if config.resume is not None:
+        return run, config, True
+    run = RunDirectory.create(config.runs_folder, f"{prompt_slug(config.prompt)}-{config.seed}")
+    run.write_config(config_to_yaml(config))
+    return run, config, False
+
+
+def _load_teacher(config: TextTo3DConfig, device: str) -> LatentDiffusionTeacher:
+    if config.teacher == EMBEDDED:
+        folder = weights_folder("teacher")
+        warning = unknown_prompt_warning(config.prompt, folder / "vocabulary.json")
+        if warning:
+            logger.warning("%s", warning)
+        return LatentDiffusionTeacher.from_pretrained(folder, device=device)
+    return LatentDiffusionTeacher.from_pretrained(config.teacher, device=device)
+
+
+def _optimise(
+    optimiser: SceneOptimiser, run: RunDirectory, seconds: dict[str, float], *, is_resumed: bool
+) -> None:
+    """Run the steps that are left, saving every so often; leaves by Interrupted when a signal asks."""
+    config = optimiser.config
+    store = CheckpointStore(
+        run.checkpoints_path, keep=config.checkpoints.keep, fingerprint=_fingerprint(config)
+    )
+    checkpoint = store.load_latest() if is_resumed else None
+    if checkpoint is not None:
+        optimiser.load_state_dict(checkpoint.state)
+        run.truncate_metrics(optimiser.step_index)
+    with StopFlag() as stop:
+        if checkpoint is None:
+            with _timed(seconds, "prepare"):
+                optimiser.prepare()
+            store.save(0, optimiser.state_dict())
+        with _timed(seconds, "optimise"):
+            _loop(optimiser, run, store, stop)
+
+
+def _loop(optimiser: SceneOptimiser, run: RunDirectory, store: CheckpointStore, stop: StopFlag) -> None:
+    config = optimiser.config
+    guard = NonFiniteGuard()
+    saved_at = time.monotonic()
+    with Progress(config.steps, start=optimiser.step_index, label="optimise", quiet=config.quiet) as progress:
+        while optimiser.step_index < config.steps and not stop.is_set:
+            started = time.monotonic()
+            report = optimiser.step()
+            verdict = guard.check(optimiser.step_index, {"a gradient": None if report.finite else float("nan")})
+            if verdict == "rollback":
+                checkpoint = store.load_latest()
+                assert checkpoint is not None, "a checkpoint is written before the first step"
+                # The noise differs the second time, or the same numbers would come again.
+                optimiser.load_state_dict(checkpoint.state)
+                optimiser.generator.manual_seed(config.seed + 1_000_003 * guard.num_rollbacks)
+                run.truncate_metrics(optimiser.step_index)
+                continue
+            duration = time.monotonic() - started
+            run.log_metrics(optimiser.step_index, {**report.values, "seconds": round(duration, 4)})
+            progress.update(loss=report.values.get("student_loss", 0.0))
+            if time.monotonic() - saved_at >= config.checkpoints.interval_s:
+                store.save(optimiser.step_index, optimiser.state_dict())
+                saved_at = time.monotonic()
+    if optimiser.step_index < config.steps:
+        store.save(optimiser.step_index, optimiser.state_dict())
+        _write_interrupted_mesh(optimiser, run)
+        raise stop.interruption(
+            f"stopped after step {optimiser.step_index} of {config.steps}; everything is saved. Go on with: "
+            f"uni3d generate --resume {run.path}"
+        )
+    store.save(optimiser.step_index, optimiser.state_dict())
+
+
+def _write_interrupted_mesh(optimiser: SceneOptimiser, run: RunDirectory) -> None:
+    """The mesh as it stands, so that a stopped run is not empty-handed; a field without a surface has none yet."""
+    try:
+        mesh, _, _ = build_mesh(optimiser)
+        write_mesh(mesh, run.path / "mesh.glb", extras=provenance(optimiser.config))
+        write_preview(mesh, run.path / "preview.png")
+    except Uni3DError as error:
+        logger.warning("no mesh yet: %s", error)
+
+
+def _write_results(
+    run: RunDirectory,
+    config: TextTo3DConfig,
+    mesh: TexturedMesh,
+    figures: dict[str, Any],
+    seconds: dict[str, float],
+) -> GenerateResult:
+    with _timed(seconds, "export"):
+        extras = provenance(config)
+        written = [write_mesh(mesh, run.path / f"mesh.{suffix}", extras=extras) for suffix in config.mesh.formats]
+        write_preview(mesh, run.path / "preview.png")
+        if config.mesh.turntable_frames > 0:
+            write_turntable(mesh, run.path / "turntable.mp4", frames=config.mesh.turntable_frames)
+    output = written[0]
+    if config.output is not None:
+        output = _deliver(run, config, mesh, extras)
+    report = {
+        "prompt": config.prompt,
+        "seed": config.seed,
+        "method": config.method,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "mesh": mesh_report(run.path / f"mesh.{config.mesh.formats[0]}"),
+        **figures,
+    }
+    atomic_write_json(run.path / "metrics.json", json.loads(json.dumps(report, default=float)))
+    return GenerateResult(output, run.path, report)
+
+
+def _deliver(run: RunDirectory, config: TextTo3DConfig, mesh: TexturedMesh, extras: dict[str, Any]) -> Path:
+    """Put the mesh where the user asked. The result in the run directory is kept whatever happens here."""
+    assert config.output is not None
+    target = config.output
+    check_output_file(target, overwrite=config.overwrite)
+    same = run.path / f"mesh{target.suffix.lower()}"
+    if target.suffix.lower() != ".obj" and same.is_file():
+        return atomic_write(target, lambda temporary: shutil.copyfile(same, temporary))
+    return write_mesh(mesh, target, extras=extras)
+
+
+def _fingerprint(config: TextTo3DConfig) -> dict[str, Any]:
+    """What must not change between the runs that share checkpoints."""
+    ignored = ("output", "runs_folder", "resume", "overwrite", "quiet", "json", "device", "checkpoints", "mesh")
+    return {key: value for key, value in config_to_dict(config).items() if key not in ignored}
