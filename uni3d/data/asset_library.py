@@ -2,8 +2,8 @@
 
 A library is any mix of folders of GLB/OBJ/PLY files, zip archives of them, Sweet Home 3D catalogues (.sh3f),
 single files, and built-in procedural assets ("procedural:vases"). Names come from a metadata table (CSV or
-JSON, columns path, name, noun, category, tags, creator, licence, source, yaw_deg), from the catalogue, or from
-the file name.
+JSON, columns path, name, noun, category, tags, creator, licence, source, yaw_deg), from the catalogue, or
+from the file name.
 """
 
 from __future__ import annotations
@@ -187,8 +187,8 @@ def _read_metadata(metadata: str | Path | None, root: Path) -> dict[str, dict[st
         return {str(row["path"]): row for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"the metadata table '{path}' cannot be read ({type(error).__name__}: {error}); it needs a column "
-            "'path' and may have name, noun, category, tags, creator, licence, yaw_deg"
+            f"the metadata table '{path}' cannot be read ({type(error).__name__}: {error}); it needs a "
+            "column 'path' and may have name, noun, category, tags, creator, licence, yaw_deg"
         ) from error
 
 
@@ -313,7 +313,7 @@ def assign_roles(assets: list[Asset]) -> list[Asset]:
 
 
 def load_asset(asset: Asset, *, max_texture: int = 512, max_faces: int | None = None) -> RenderableMesh:
-    """Read one asset, upright, facing +Z, in the unit box. Raises UsageError with the reason if it cannot be."""
+    """Read one asset, upright, facing +Z, in the unit box. Raises UsageError with the reason if it fails."""
     if asset.path == PROCEDURAL_VASES:
         return vases.make_vase(int(asset.member)).in_unit_box()
     if asset.member:
@@ -354,7 +354,7 @@ def _load_member(asset: Asset, *, max_texture: int, max_faces: int | None) -> Re
 
 
 def _stretched_to(mesh: RenderableMesh, size: tuple[float, ...]) -> RenderableMesh:
-    """Give the bounding box the proportions of `size`, unless they differ so much that the entry looks wrong."""
+    """Give the bounding box the proportions of `size`, unless they differ so much that it is an error."""
     if len(size) != 3 or min(size) <= 0:
         return mesh
     corners = mesh.vertices[mesh.faces.reshape(-1)]

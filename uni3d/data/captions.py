@@ -62,10 +62,10 @@ _PREFIXES = ("a photo of", "a picture of", "a 3d model of", "a render of", "a 3d
 _PATTERNED = ("with artistic patterns", "with patterns", "with ornaments", "with decorations")
 _REFINED = ("refined", "elegant", "decorated", "ornate")
 _COMMON_WORDS = frozenset(
-    "a an the of with and in on at from to for by its one single some very photo picture image 3d model render "
-    "rendering object view front side back overhead top rear left right low poly style small big large little tall "
-    "short long old new beautiful nice simple cute high quality detailed realistic patterns pattern artistic refined "
-    "elegant decorated ornate ornaments decorations".split()
+    "a an the of with and in on at from to for by its one single some very photo picture image 3d model "
+    "render rendering object view front side back overhead top rear left right low poly style small big "
+    "large little tall short long old new beautiful nice simple cute high quality detailed realistic "
+    "patterns pattern artistic refined elegant decorated ornate ornaments decorations".split()
 )
 
 
@@ -265,7 +265,7 @@ def _related_words() -> dict[str, tuple[str, ...]]:
 
 
 def nearest_words(prompt: str, vocabulary: dict[str, Any] | None = None, *, num: int = 5) -> list[str]:
-    """Known nouns or names closest to the unknown words of `prompt`: related meanings, then similar spelling."""
+    """Known nouns or names nearest to the unknown words of `prompt`: by meaning, then by spelling."""
     vocabulary = default_vocabulary() if vocabulary is None else vocabulary
     phrases = _phrases(vocabulary)
     known = known_words(vocabulary)
@@ -301,7 +301,10 @@ def unknown_prompt_warning(prompt: str, vocabulary: dict[str, Any] | None = None
     unknown = [w for w in words if w not in known and w.rstrip("s") not in known and not w.isdigit()]
     nearest = nearest_words(prompt, vocabulary)
     hint = f" Nearest known: {', '.join(nearest)}." if nearest else ""
-    listing = " 'uni3d teacher vocabulary' lists all it knows; a Stable Diffusion teacher knows far more: --teacher ID_OR_FOLDER."
+    listing = (
+        " 'uni3d teacher vocabulary' lists all it knows; a Stable Diffusion teacher knows far more: "
+        "--teacher ID_OR_FOLDER."
+    )
     if not nouns_in_prompt(prompt, vocabulary):
         return f"The embedded teacher knows no object named in '{prompt}'.{hint}{listing}"
     if unknown:

@@ -20,7 +20,10 @@ _WORD_BREAKS = re.compile(
     r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=\d)|(?<=\d)(?=[A-Za-z])"
 )
 _NOISE_WORDS = frozenset(
-    "obj glb gltf ply mesh model asset final new copy export lod fbx blend textured lowpoly low poly high hd v".split()
+    (
+        "obj glb gltf ply mesh model asset final new copy export lod fbx blend textured lowpoly low poly "
+        "high hd v"
+    ).split()
 )
 
 
@@ -113,7 +116,7 @@ def _singular(phrase: str) -> str:
 
 
 def name_file(stem: str, folder: str = "") -> NamedAsset:
-    """Name the asset in file `<folder>/<stem>.*`, by a collection's table when the folder is one of its packs."""
+    """Name the asset in `<folder>/<stem>.*`, by a collection's table when the folder is one of its packs."""
     table = _load("quaternius.yaml")
     if folder in table["packs"]:
         return _name_by_table(stem, folder, table)

@@ -30,8 +30,8 @@ def recolour(rgb: Tensor, mask: Tensor, main_colour: Tensor, target: Tensor) -> 
     """Give the masked part of each view a new colour and keep its shading and texture.
 
     rgb [B, 3, H, W] and mask [B, 1, H, W] in [0, 1]; main_colour and target [B, 3] sRGB base colours. A pixel
-    becomes target x luminance(pixel) / luminance(main_colour), clipped to [0, 1]: the ratio holds the light and
-    the texture, both of which multiply the base colour. Views whose main colour is too dark come back
+    becomes target x luminance(pixel) / luminance(main_colour), clipped to [0, 1]: the ratio holds the light
+    and the texture, both of which multiply the base colour. Views whose main colour is too dark come back
     unchanged, see `can_recolour`.
     """
     main = luminance(main_colour)[:, :, None, None]

@@ -121,7 +121,7 @@ def make_vase(seed: int) -> RenderableMesh:
 
 
 def _profile(rng: np.random.Generator) -> tuple[np.ndarray, int]:
-    """Closed half-section [P, 2] (radius, height) from the middle of the base, up the outside, down the inside.
+    """Closed half-section [P, 2] (radius, height): middle of the base, up the outside, down the inside.
 
     Returns the points and how many belong to the outside.
     """
@@ -149,7 +149,7 @@ def _profile(rng: np.random.Generator) -> tuple[np.ndarray, int]:
 
 
 def _revolve(profile: np.ndarray, num_outer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Vertices [V, 3], outward faces [F, 3], corner uv [F, 3, 2] and material (0 outside, 1 inside) of the lathe."""
+    """The lathe: vertices [V, 3], outward faces [F, 3], corner uv [F, 3, 2], material (0 outside)."""
     angle = np.linspace(0, 2 * np.pi, NUM_SIDES, endpoint=False)
     ring = np.stack([np.sin(angle), np.cos(angle)], axis=1)
     rings = profile[1:-1]

@@ -125,11 +125,12 @@ def render_library(
 ) -> RenderReport:
     """Render the library under `assets` into view shards in the folder `output`.
 
-    `assets`: folders, .glb/.obj/.ply files, .zip and .sh3f archives, "procedural:vases[:N]". `metadata`: a CSV
-    or JSON table. `roles`: render only assets with these roles (default all). `limit`: only the first assets,
-    in the order of a hash, for a quick look. `progress(done, total)` is called after each asset. Besides the
-    shards, `library.json` (names, roles, licences, creators) and `failures.json` are written. A run into a
-    folder with shards renders only what is missing, and needs the same settings and seed. Raises UsageError.
+    `assets`: folders, .glb/.obj/.ply files, .zip and .sh3f archives, "procedural:vases[:N]". `metadata`: a
+    CSV or JSON table. `roles`: render only assets with these roles (default all). `limit`: only the first
+    assets, in the order of a hash, for a quick look. `progress(done, total)` is called after each asset.
+    Besides the shards, `library.json` (names, roles, licences, creators) and `failures.json` are written. A
+    run into a folder with shards renders only what is missing, and needs the same settings and seed.
+    Raises UsageError.
     """
     started = time.monotonic()
     if roles is not None and not set(roles) <= set(ROLES):

@@ -198,8 +198,8 @@ def load_views(
 ) -> Views:
     """Decode the shards in `folder`, in order; `num_workers` threads (decoding releases the GIL).
 
-    `limit` keeps the first views only, `roles` those of assets with one of these roles. Raises UsageError for a
-    folder without shards, a damaged shard, or no view left.
+    `limit` keeps the first views only, `roles` those of assets with one of these roles. Raises UsageError for
+    a folder without shards, a damaged shard, or no view left.
     """
     paths = sorted(Path(folder).glob(SHARD_PATTERN))
     if not paths:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -128,7 +129,7 @@ class Raycaster:
         cross = np.cross(self._corners[:, 1] - self._corners[:, 0], self._corners[:, 2] - self._corners[:, 0])
         area = np.linalg.norm(cross, axis=1)
         self._face_normals = (cross / np.maximum(area, 1e-20)[:, None]).astype(np.float32)
-        self._scene = rtcore_scene.EmbreeScene()
+        self._scene: Any = rtcore_scene.EmbreeScene()  # type: ignore[attr-defined]
         self._embree_mesh = TriangleMesh(self._scene, self._corners)
         self._colours = np.stack([m.colour for m in mesh.materials]).astype(np.float32)
         self._pyramids = self._texture_pyramids(area)

@@ -150,7 +150,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def _without_degenerate_faces(mesh: RenderableMesh) -> RenderableMesh:
-    """Drop triangles without area or with non-finite corners; give unusable corner normals the face normal."""
+    """Drop triangles without area or with non-finite corners; replace unusable corner normals."""
     corners = mesh.vertices[mesh.faces]
     cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     area = np.linalg.norm(cross, axis=1)
@@ -538,13 +538,14 @@ def _read_with_trimesh(
     except ImportError as error:
         raise MissingPackageError("reading OBJ and PLY files needs trimesh; install it") from error
     file_type = path.suffix.lower()[1:]
+    resolver: Any = _SiblingResolver(read_sibling) if file_type == "obj" else None
     loaded: Any = trimesh.load(
         io.BytesIO(content),
         file_type=file_type,
         process=False,
-        resolver=_SiblingResolver(read_sibling) if file_type == "obj" else None,
+        resolver=resolver,
     )
-    parts = loaded.dump() if isinstance(loaded, trimesh.Scene) else [loaded]
+    parts: list[Any] = loaded.dump() if isinstance(loaded, trimesh.Scene) else [loaded]
     materials: list[Material] = []
     soup = _Soup()
     for part in parts:
