@@ -205,7 +205,8 @@ def _phrases(vocabulary: dict[str, Any]) -> dict[str, str]:
         phrases[name] = name
     for noun, entry in vocabulary["nouns"].items():
         phrases[noun] = noun
-        for synonym in entry.get("synonyms", []):
+        # A bare count is accepted too: a table written by hand.
+        for synonym in entry.get("synonyms", []) if isinstance(entry, dict) else []:
             phrases.setdefault(synonym.lower(), noun)
     return phrases
 
@@ -217,7 +218,7 @@ def _words_of(text: str) -> list[str]:
 def known_words(vocabulary: dict[str, Any] | None = None) -> set[str]:
     """Every single word that the captions may hold, for the tokenizer and for checks of prompts."""
     vocabulary = default_vocabulary() if vocabulary is None else vocabulary
-    phrases = [*_phrases(vocabulary), *vocabulary["colours"], *vocabulary["materials"]]
+    phrases = [*_phrases(vocabulary), *vocabulary.get("colours", ()), *vocabulary.get("materials", ())]
     phrases += [s for words in COLOUR_SYNONYMS.values() for s in words]
     words = {word for phrase in phrases for word in _words_of(phrase)}
     return words | set(_COMMON_WORDS)

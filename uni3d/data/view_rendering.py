@@ -250,15 +250,19 @@ def _start_worker() -> None:
     logging.disable(logging.WARNING)
 
 
+class _TooSlow(BaseException):
+    """Not an Exception: readers of third parties that catch everything must not swallow it."""
+
+
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError after `seconds`, where the platform has alarms and this is the main thread."""
+    """Raise _TooSlow after `seconds`, where the platform has alarms and this is the main thread."""
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(signum: int, frame: object) -> None:
-        raise TimeoutError
+        raise _TooSlow
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -274,7 +278,7 @@ def render_asset_or_reason(asset: Asset, settings: ViewSettings, seed: int) -> l
     try:
         with _time_limit(settings.time_limit_s):
             return render_asset(asset, settings, seed)
-    except TimeoutError:
+    except _TooSlow:
         return f"took longer than {settings.time_limit_s:g} s"
     except Uni3DError as error:
         return str(error)

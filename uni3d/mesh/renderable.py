@@ -29,6 +29,19 @@ logger = logging.getLogger(__name__)
 MAX_IMAGE_PIXELS = 64_000_000
 PALE_GLASS = np.array([0.74, 0.82, 0.86], dtype=np.float32)
 
+# What readers raise on bytes that do not mean what they claim.
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    struct.error,
+)
+
 _COMPONENT_TYPES = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _COMPONENT_COUNTS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
 
@@ -132,7 +145,7 @@ def load_renderable(
         raise UsageError(f"cannot read '{path}': {error}") from error
     except MemoryError as error:
         raise UsageError(f"'{path.name}' is damaged or too large: it does not fit into memory") from error
-    except (ValueError, KeyError, IndexError, TypeError, struct.error, AttributeError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise UsageError(f"'{path.name}' is damaged: {type(error).__name__}: {error}") from error
     mesh = _without_degenerate_faces(mesh)
     if len(mesh.faces) == 0:
@@ -391,7 +404,11 @@ def _draco_reader(
     except ImportError as error:
         raise MissingPackageError("this GLB is Draco-compressed; install DracoPy to read it") from error
     extension = primitive["extensions"]["KHR_draco_mesh_compression"]
-    decoded: Any = DracoPy.decode(glb.buffer_view(extension["bufferView"]))
+    data = glb.buffer_view(extension["bufferView"])
+    try:
+        decoded: Any = DracoPy.decode(data)
+    except Exception as error:  # its exceptions share no base class
+        raise ValueError(f"the Draco data cannot be decoded: {error}") from error
     faces = np.asarray(decoded.faces, dtype=np.int64).reshape(-1, 3)
 
     def read(name: str) -> np.ndarray | None:
