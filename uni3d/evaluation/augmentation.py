@@ -1,4 +1,4 @@
-"""Random variations of rendered views on the training device, so that the evaluator also reads imperfect images.
+"""Random variations of rendered views, on the training device: the evaluator must read imperfect images too.
 
 Renders come as RGBA cut-outs. They are recoloured, turned, stretched and gently warped, put on a background,
 blurred, relit and made noisy: generated images are softer and less regular than renders.

@@ -24,13 +24,16 @@ _RULES: tuple[tuple[str, str], ...] = (
     ("", r"\b(wheelchair|toy car|workbench|armchair ottoman|fitness tower|spice tower|trapdoor|crossbow)\b"),
     (
         "",
-        r"flower bed|number |seedling$|stump$|statue$|clothes horse|piano bench|(punching|sleeping) bag|towel",
+        r"flower bed|number |seedling$|stump$|statue$|clothes horse|piano bench|towel",
     ),
     (
         "",
-        r"rubik|puzzle|card game|matchbox|\bkit$|health pack|\bblock$|\bgift$|bread box|\brack$|key card|padlock",
+        r"rubik|puzzle|card game|matchbox|\bkit$|health pack|\bblock$|\bgift$|bread box|\brack$|key card",
     ),
-    ("", r"parchment|scroll$|newspaper|calendar|lily pad|cactus flower|knight helmet"),
+    (
+        "",
+        r"(punching|sleeping) bag|parchment|scroll$|newspaper|calendar|lily pad|cactus flower|helmet|padlock",
+    ),
     ("fish", r"fish$|shark$|piranha|\btuna\b|\bkoi\b"),
     ("palm tree", r"\b(palm|coconut) trees?$"),
     ("tree", r"\btrees?$|\bwillow$|\bbirch$|\boak$|\bpine$"),
@@ -102,7 +105,6 @@ _RULES: tuple[tuple[str, str], ...] = (
     ("plate", r"\bplate$"),
     ("phone", r"\bphone$"),
     ("skull", r"^skull$"),
-    ("helmet", r"\bhelmet$"),
     ("mountain", r"\bmountain$"),
     ("necklace", r"^necklace$"),
     ("fireplace", r"^fireplace$"),
@@ -169,7 +171,7 @@ def basic_colour(word: str) -> str | None:
 
 @dataclass(frozen=True)
 class BenchmarkNoun:
-    """One of the benchmark's nouns: its name, whether it has a front, its assets and the nouns merged into it."""
+    """One of the benchmark's nouns: name, whether it has a front, number of assets, nouns merged into it."""
 
     name: str
     has_front: bool

@@ -237,7 +237,7 @@ def _per_noun(
     table: dict[str, dict[str, Any]] = {}
     for name in sorted(set(categories)):
         rows = names == name
-        wrong = [nouns[index] for index in predicted[rows] if nouns[index] != name]
+        wrong: list[str] = [nouns[index] for index in predicted[rows].tolist() if nouns[index] != name]
         table[name] = {
             "accuracy": float(right.numpy()[rows].mean()),
             "images": int(rows.sum()),

@@ -1,7 +1,8 @@
 """The evaluator: says which object, colour and view a picture shows. Used only to measure.
 
-Folder layout: config.json (shape of the network), model.safetensors (half-precision matrices), vocabulary.json,
-nouns.json (the benchmark's nouns), metrics.json (its own accuracy on assets that no model saw), README.md.
+Folder layout: config.json (shape of the network), model.safetensors (matrices in half precision),
+vocabulary.json, nouns.json (the benchmark's nouns), metrics.json (its own accuracy on assets that no network
+saw), README.md.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def colour_text(colour: str) -> str:
 
 
 class Evaluator:
-    """A trained network with its vocabulary and the benchmark's nouns; every method runs without gradients."""
+    """A trained network with its vocabulary and the benchmark's nouns; all methods run without gradients."""
 
     def __init__(
         self, network: EvaluatorNetwork, vocabulary: Vocabulary, benchmark_nouns: Sequence[BenchmarkNoun]
@@ -86,7 +87,7 @@ class Evaluator:
         return cls(network.to(device), vocabulary, read_benchmark_nouns(folder / "nouns.json"))
 
     def save(self, folder: str | Path) -> None:
-        """Write config, weights, vocabulary and nouns; vectors stay float32, larger tensors become float16."""
+        """Write config, weights, vocabulary and nouns; vectors stay float32, larger tensors turn float16."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -135,7 +136,7 @@ class Evaluator:
         )
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Pooled features float32 [B, F] of images [B, 3, H, W] in [0, 1]: what the Frechet distance compares."""
+        """Pooled features float32 [B, F] of images [B, 3, H, W] in [0, 1], for the Frechet distance."""
         return self.encode(images).features
 
     @torch.no_grad()
@@ -145,7 +146,7 @@ class Evaluator:
         return self.network.texts(tokens.to(self.device)).cpu()
 
     def noun_probabilities(self, images: Tensor | ImageOutput, nouns: Sequence[str]) -> Tensor:
-        """Probability [B, N] of each of `nouns`; rows sum to 1. UsageError for a noun of unknown words only."""
+        """Probability [B, N] of each of `nouns`; rows sum to 1. UsageError for a wholly unknown noun."""
         return self._probabilities(images, nouns, [noun_text(noun) for noun in nouns], "noun")
 
     def colour_probabilities(self, images: Tensor | ImageOutput, colours: Sequence[str]) -> Tensor:
@@ -203,7 +204,8 @@ def _load_weights(network: EvaluatorNetwork, path: Path) -> None:
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(
-            f"{path} is damaged or belongs to another config.json ({reason}); take all files from one training run"
+            f"{path} is damaged or belongs to another config.json ({reason}); "
+            f"take all files from one training run"
         ) from None
 
 

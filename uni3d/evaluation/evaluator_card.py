@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uni3d.evaluation.evaluator import Evaluator
+from uni3d.evaluation.report import format_rate
 from uni3d.training.checkpoint import atomic_write_text
 
 if TYPE_CHECKING:
@@ -26,13 +27,6 @@ _ROWS = (
 )
 
 
-def percent(rate: dict[str, Any] | None) -> str:
-    """A rate of the JSON report for a table cell: mean and 95 % interval."""
-    if rate is None:
-        return "-"
-    return f"{100 * rate['mean']:.1f} % ({100 * rate['low']:.1f}-{100 * rate['high']:.1f})"
-
-
 def write_card(
     path: Path, evaluator: Evaluator, metrics: dict[str, Any], records: Sequence[ViewRecord]
 ) -> None:
@@ -41,19 +35,21 @@ def write_card(
     lines = [
         "# Evaluator",
         "",
-        "A small contrastive image-text network with a view classifier. It says which object, colour and view a",
-        "128 x 128 picture shows, and it is used only to measure generated images and meshes. It was trained on",
-        "renders of other assets than the teacher wherever a noun has several, with other light, backgrounds and",
-        "cameras everywhere. It knows the objects of its data, not the world: a score says nothing about others.",
+        "A small contrastive image-text network with a view classifier. It says which object, colour and",
+        "view a 128 x 128 picture shows, and it is used only to measure generated images and meshes. It was",
+        "trained on renders of other assets than the teacher wherever a noun has several, with other light,",
+        "backgrounds and cameras everywhere. It knows the objects of its data, not the world: a score says",
+        "nothing about others.",
         "",
-        f"{training['parameters'] / 1e6:.1f} M parameters; {training['views']} views of {training['assets']} assets; "
-        f"{training['steps']} steps, {training['images_seen'] / 1e6:.2f} M images, {training['seconds']:.0f} s on "
-        f"{training['device']}.",
+        f"{training['parameters'] / 1e6:.1f} M parameters; {training['views']} views of {training['assets']} "
+        f"assets; {training['steps']} steps, {training['images_seen'] / 1e6:.2f} M images, "
+        f"{training['seconds']:.0f} s on {training['device']}.",
         "",
         "## Its own accuracy",
         "",
-        "Renders of assets that neither this network nor the teacher was trained on; 95 % bootstrap intervals over",
-        "assets. These are the ceilings of what it measures: perfect images would score about this.",
+        "Renders of assets that neither this network nor the teacher was trained on; 95 % bootstrap",
+        "intervals over assets. These are the ceilings of what it measures: perfect images would score about",
+        "this.",
         "",
     ]
     lines += _accuracy_table(ceiling, len(evaluator.benchmark_nouns)) if ceiling else ["Not measured."]
@@ -64,10 +60,11 @@ def write_card(
 
 
 def _accuracy_table(ceiling: dict[str, Any], num_nouns: int) -> list[str]:
-    rows = [
-        f"| {label.format(num=num_nouns)} | {percent(ceiling.get(key))} | {(ceiling.get(key) or {}).get('num', 0)} |"
-        for key, label in _ROWS
-    ]
+    rows = []
+    for key, label in _ROWS:
+        rate = ceiling.get(key)
+        number = 0 if rate is None else rate["num"]
+        rows.append(f"| {label.format(num=num_nouns)} | {format_rate(rate)} | {number} |")
     floor = ceiling.get("fd_evaluator_floor")
     note = [] if floor is None else ["", f"FD-evaluator between two halves of these assets: {floor:.2f}."]
     return ["| what | rate | assets |", "|---|---|---|", *rows, *note]

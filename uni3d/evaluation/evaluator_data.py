@@ -9,7 +9,7 @@ V caption variants, L words, H W pixels.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,7 @@ def select_views(views: Views, roles: Iterable[str]) -> Views:
 
 
 def colour_targets(colours: Sequence[str], words: Sequence[str]) -> list[float]:
-    """Soft label over `words`: most of it on the first named colour that is one of them, the rest on the others."""
+    """Soft label over `words`: most of it on the first of `colours` among them, the rest on the others."""
     known = [words.index(colour) for colour in dict.fromkeys(colours) if colour in words]
     target = [0.0] * len(words)
     for rank, index in enumerate(known):
@@ -65,13 +65,13 @@ def colour_targets(colours: Sequence[str], words: Sequence[str]) -> list[float]:
 
 
 def basic_colours(colours: Sequence[str]) -> list[str]:
-    """The basic colours of a record's colour words in order; none if its first, dominant word has no basic colour."""
+    """The basic colours of a record's colour words in order; none if the first, dominant word has none."""
     basics = [basic_colour(word) for word in colours]
     return [] if not basics or basics[0] is None else [basic for basic in basics if basic is not None]
 
 
 def compatible_nouns(nouns: Sequence[str]) -> np.ndarray:
-    """Bool [U, U]: both names fit one object (same category, or one has all words of the other), self excluded."""
+    """Bool [U, U]: two different nouns fit one object: same category, or one has all words of the other."""
     categories = [category_of(noun) for noun in nouns]
     word_sets = [frozenset(noun.split()) for noun in nouns]
     result = np.zeros((len(nouns), len(nouns)), dtype=bool)
@@ -91,7 +91,7 @@ class LabelWords:
     """U nouns of the training records and of the benchmark."""
     benchmark: list[BenchmarkNoun]
     """M categories."""
-    colour_words: dict[str, list[tuple[float, float, float]]]
+    colour_words: Mapping[str, Sequence[Sequence[float]]]
     """C colour words and the sRGB colours that each stands for."""
 
 
@@ -159,7 +159,7 @@ CaptionFn = Callable[["ViewRecord", np.random.Generator, "tuple[str, ...] | None
 def label_words(
     records: Sequence[ViewRecord],
     benchmark: list[BenchmarkNoun],
-    colour_words: dict[str, list[tuple[float, float, float]]],
+    colour_words: Mapping[str, Sequence[Sequence[float]]],
 ) -> LabelWords:
     """Collect the classes; UsageError without records."""
     if not records:
@@ -167,7 +167,7 @@ def label_words(
             "no views with role 'evaluator' or 'both' to train on; render views for the evaluator first"
         )
     nouns = sorted({record.noun for record in records} | {noun.name for noun in benchmark})
-    return LabelWords(nouns, benchmark, dict(colour_words))
+    return LabelWords(nouns, benchmark, colour_words)
 
 
 def collect_captions(
@@ -208,7 +208,7 @@ def build_pool(
     images = torch.as_tensor(views.images)
     if images.shape[1] != settings.image_size or images.shape[2] != settings.image_size:
         raise UsageError(
-            f"views are {images.shape[1]} x {images.shape[2]} pixels and image_size is {settings.image_size}; "
+            f"views have {images.shape[1]} x {images.shape[2]} pixels, image_size is {settings.image_size}; "
             f"render views of that size or change image_size"
         )
     masks = torch.as_tensor(views.main_masks)
@@ -271,7 +271,7 @@ def sampling_weights(records: Sequence[ViewRecord], balance: float) -> Tensor:
     )
 
 
-def _colour_table(colour_words: dict[str, list[tuple[float, float, float]]]) -> Tensor:
+def _colour_table(colour_words: Mapping[str, Sequence[Sequence[float]]]) -> Tensor:
     longest = max(map(len, colour_words.values()))
     rows = [[colours[index % len(colours)] for index in range(longest)] for colours in colour_words.values()]
     return torch.tensor(rows, dtype=torch.float32)
@@ -325,7 +325,7 @@ def draw_batch(
 
 
 def _with_view_word(pool: EvaluatorPool, captions: Tensor, views: Tensor, chance: Tensor) -> Tensor:
-    """Append the view word to half of the captions [B, L] -> int64 [B, L + 1]; the word goes behind the last one."""
+    """Append the view word to half of the captions [B, L], behind their last word -> int64 [B, L + 1]."""
     length = (captions != 0).sum(1)
     padded = torch.cat([captions, torch.zeros_like(captions[:, :1])], dim=1).long()
     word = torch.where(chance < 0.5, pool.view_tokens[pool.view[views]].long(), 0)

@@ -1,7 +1,7 @@
 """Train the evaluator on rendered views, measure its own accuracy, and write the folder that ships.
 
-It is trained on views of other assets than the teacher wherever a noun has several. What it then gets right on
-renders of assets that neither network saw is the ceiling of every figure measured with it.
+It is trained on views of other assets than the teacher wherever a noun has several. What it then gets right
+on renders of assets that neither network saw is the ceiling of every figure measured with it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from uni3d.errors import MissingWeightsError, TrainingDiverged, UsageError
 from uni3d.evaluation.benchmark_nouns import choose_benchmark_nouns
@@ -101,8 +102,7 @@ def fit_evaluator(
     benchmark = choose_benchmark_nouns(views.records, num=settings.num_benchmark_nouns)
     train_views = select_views(views, TRAINING_ROLES)
     unseen_views = select_views(views, {UNSEEN_ROLE})
-    colour_words = {word: [tuple(colour) for colour in colours] for word, colours in COLOUR_WORDS.items()}
-    words = label_words(train_views.records, benchmark, colour_words)
+    words = label_words(train_views.records, benchmark, COLOUR_WORDS)
     assets, captions = collect_captions(
         train_views.records,
         words,
@@ -112,7 +112,7 @@ def fit_evaluator(
     vocabulary = build_vocabulary(words, captions)
     pool = build_pool(train_views, words, assets, captions, vocabulary, settings, device=device)
     logger.info(
-        "%d views of %d assets to train on, %d views of unseen assets, %d nouns, %d words; prepared in %.0f s",
+        "%d views of %d assets, %d views of unseen assets, %d nouns, %d words; prepared in %.0f s",
         len(pool), len(assets), len(unseen_views.records), len(words.nouns), len(vocabulary),
         time.monotonic() - started,
     )  # fmt: skip
@@ -188,7 +188,7 @@ class _Run:
         )
         self.network = EvaluatorNetwork(config).to(device)
         if device.type == "cuda":
-            self.network = self.network.to(memory_format=torch.channels_last)
+            self.network = self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.averaged = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
         self.optimiser = torch.optim.AdamW(
             _parameter_groups(self.network, settings.weight_decay),
@@ -272,8 +272,8 @@ class _Run:
             logger.warning("step %d: loss or gradient is not finite; the step is skipped", self.step)
             if self._bad_steps >= _MAX_BAD_STEPS:
                 raise TrainingDiverged(
-                    f"the evaluator's loss was not finite in {self._bad_steps} checked steps, the last one step "
-                    f"{self.step}; lower learning_rate (now {settings.learning_rate:g}) and train again"
+                    f"the evaluator's loss was not finite in {self._bad_steps} checked steps, the last one "
+                    f"step {self.step}; lower learning_rate (now {settings.learning_rate:g}) and train again"
                 )
         # Zeroed instead of branched on, so that the device never waits: a bad step then adds nothing.
         # (Clipping by a norm that is not finite has made every gradient 0 or NaN.)
@@ -323,11 +323,12 @@ class _Run:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """Exponential average of weights and normalisation statistics; shorter at the start, where they move fast."""
+        """Exponential average of weights and normalisation statistics, shorter at the start."""
         decay = min(self.settings.ema_decay, (self.step + 1) / (self.step + 10))
         state = self.network.state_dict()
         floats = [name for name, value in state.items() if value.is_floating_point()]
-        torch._foreach_lerp_([self.averaged[n] for n in floats], [state[n] for n in floats], 1 - decay)
+        update = get_ema_multi_avg_fn(decay)
+        update([self.averaged[name] for name in floats], [state[name] for name in floats], self.step)
 
     def averaged_evaluator(self) -> Evaluator:
         """An evaluator with the averaged weights, on the training device."""
@@ -398,7 +399,7 @@ class _Run:
 
 
 def _embed_together(network: EvaluatorNetwork, groups: list[Tensor]) -> list[Tensor]:
-    """Embed groups of token rows [T_i, L_i] in one pass of the text tower: five small ones cost five times as much."""
+    """Embed groups of token rows [T_i, L_i] in one pass of the text tower: a small one costs as much."""
     length = max(tokens.shape[1] for tokens in groups)
     padded = [nn.functional.pad(tokens, (0, length - tokens.shape[1]), value=PADDING) for tokens in groups]
     embedding = network.texts(torch.cat(padded))

@@ -16,7 +16,7 @@ from torch.nn import functional
 from uni3d.errors import UsageError
 from uni3d.evaluation.vocabulary import PADDING
 
-VIEW_WORDS = ("front", "side", "back", "overhead")
+VIEW_WORDS: tuple[str, ...] = ("front", "side", "back", "overhead")
 _MAX_LOG_SCALE = 4.0
 
 

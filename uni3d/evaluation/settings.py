@@ -51,7 +51,7 @@ class EvaluatorSettings:
     dropout: float = 0.1
     """Dropout of the pooled image features while training."""
     category_balance: float = 0.5
-    """Assets are drawn with a weight of (assets of the same category)^-balance, so that rare ones are seen."""
+    """Assets are drawn with a weight of (assets of the same category)^-balance: rare ones are seen too."""
     recolour_probability: float = 0.5
     """Recolour the main material to a random colour word, which then is the colour label."""
     noun_weight: float = 0.5

@@ -48,20 +48,21 @@ def bootstrap_rate(
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Squared Frechet (2-Wasserstein) distance of the Gaussians fitted to two sets of features [N, F], [M, F].
+    """Squared Frechet (2-Wasserstein) distance of Gaussians fitted to two sets of features [N, F], [M, F].
 
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), in float64 (Dowson and Landau 1982). The trace of
-    the root is taken of the symmetric C_a^(1/2) C_b C_a^(1/2), which has the same eigenvalues. The estimate is
-    biased upwards for few samples: compare only figures with the same N and M.
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), in float64 (Dowson and Landau 1982). The trace
+    of the root is taken of the symmetric C_a^(1/2) C_b C_a^(1/2), which has the same eigenvalues. The
+    estimate is biased upwards for few samples: compare only figures with the same N and M.
     Raises UsageError for fewer than two samples, other shapes or non-finite features.
     """
     if features_a.dim() != 2 or features_b.dim() != 2 or features_a.shape[1] != features_b.shape[1]:
         raise UsageError(
-            f"got features of shapes {tuple(features_a.shape)} and {tuple(features_b.shape)}; expected [N, F] and [M, F]"
+            f"got features of shapes {tuple(features_a.shape)} and {tuple(features_b.shape)}; "
+            f"expected [N, F] and [M, F]"
         )
     if min(len(features_a), len(features_b)) < 2:
         raise UsageError(
-            f"got {len(features_a)} and {len(features_b)} samples; a Frechet distance needs at least 2 of each"
+            f"got {len(features_a)} and {len(features_b)} samples; a Frechet distance needs 2 of each"
         )
     a, b = features_a.double(), features_b.double()
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):

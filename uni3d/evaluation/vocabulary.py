@@ -1,4 +1,4 @@
-"""Word-level tokens of the evaluator: its own vocabulary, so that it shares nothing with a teacher's tokenizer."""
+"""Word-level tokens of the evaluator: its own vocabulary, which shares nothing with a teacher's tokenizer."""
 
 from __future__ import annotations
 
