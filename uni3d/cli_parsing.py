@@ -28,16 +28,15 @@ def parse_flags(kind: type[T], arguments: Sequence[str], *, command: str, defaul
 
     `--help` prints the flags with the values of `default` to stdout and raises SystemExit(0).
     """
+    if {"-h", "--help"} & set(arguments):
+        return cast(T, tyro.cli(kind, args=list(arguments), prog=f"uni3d {command}", default=default))
     said = io.StringIO()
-    # The box is unfolded again below, so it should break as few lines as possible.
-    wide = {"COLUMNS": "500"} if not {"-h", "--help"} & set(arguments) else {}
+    # The box is folded again below, so it should break no lines; tyro draws it by the encoding of stdout.
+    utf8 = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     try:
-        with contextlib.redirect_stderr(said), _environment(wide):
-            parsed = tyro.cli(kind, args=list(arguments), prog=f"uni3d {command}", default=default)
-            return cast(T, parsed)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(utf8), _columns("500"):
+            return cast(T, tyro.cli(kind, args=list(arguments), prog=f"uni3d {command}", default=default))
+    except SystemExit:
         sentence = fold_box(said.getvalue())
         raise UsageError(f"{sentence}; see uni3d {command} --help") from None
 
@@ -65,6 +64,11 @@ def fold_box(text: str) -> str:
             paragraphs.append([])
         else:
             paragraphs[-1].append(words)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    asked, _, _ = text.partition("For full helptext")
+    missing = re.findall(r"^│ {5}(\S.*?) *│$", asked, flags=re.MULTILINE)
+    if missing and "Missing from" in text:
+        return f"missing: {', '.join(missing)}"
     filled = [" ".join(paragraph) for paragraph in paragraphs if paragraph]
     if not filled:
         return " ".join(text.split())[:500] or "the options cannot be read"
@@ -80,14 +84,14 @@ def fold_box(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
+def _columns(width: str) -> Iterator[None]:
+    """Pretend that the terminal is `width` columns wide."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = width
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before

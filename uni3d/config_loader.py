@@ -17,7 +17,7 @@ import math
 import re
 import textwrap
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -27,6 +27,14 @@ from uni3d.config_values import Schedule, suggestion
 from uni3d.errors import ConfigError
 
 MAX_FILE_BYTES = 1 << 20
+MAX_DEPTH = 50
+_OPENING = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 _INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
 _NUMBER = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
 _PLAIN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*[A-Za-z0-9]")
@@ -49,13 +57,10 @@ def load_config(path: str | Path, base: T) -> T:
     return _Reader(file).read_dataclass(root, base, "")
 
 
-def config_to_yaml(config: Any, *, leave_out: Collection[str] = ()) -> str:
-    """The configuration as YAML, each key under its documentation; `load_config` reads an equal one back.
-
-    `leave_out` names top-level keys to omit.
-    """
+def config_to_yaml(config: Any) -> str:
+    """The configuration as YAML, each key under its documentation; `load_config` reads an equal one back."""
     head = (type(config).__doc__ or "").strip().splitlines()[0]
-    return f"# {head}\n\n" + "\n".join(_yaml_lines(config, "", leave_out)) + "\n"
+    return f"# {head}\n\n" + "\n".join(_yaml_lines(config, "")) + "\n"
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -90,7 +95,12 @@ def _read_text(file: Path) -> str:
 
 def _compose(text: str, file: Path) -> yaml.Node | None:
     try:
+        depth = 0
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+            if depth > MAX_DEPTH:
+                line = token.start_mark.line + 1
+                raise ConfigError(f"{file}:{line}: the values are nested too deeply for a settings file")
             if isinstance(token, (yaml.AnchorToken, yaml.AliasToken, yaml.TagToken)):
                 raise ConfigError(
                     f"{file}:{token.start_mark.line + 1}: anchors, aliases and tags are not accepted; "
@@ -104,8 +114,6 @@ def _compose(text: str, file: Path) -> yaml.Node | None:
         raise ConfigError(f"{file}:{line}: not valid YAML: {problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{file}: the values are nested too deeply for a settings file") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,11 +247,9 @@ def _describe(node: yaml.Node) -> str:
     return repr(str(node.value)[:80])
 
 
-def _yaml_lines(config: Any, indent: str, leave_out: Collection[str] = ()) -> Iterator[str]:
+def _yaml_lines(config: Any, indent: str) -> Iterator[str]:
     documentation = field_documentation(type(config))
     for field in dataclasses.fields(config):
-        if field.name in leave_out:
-            continue
         value = getattr(config, field.name)
         is_group = dataclasses.is_dataclass(value)
         text = (type(value).__doc__ or "").splitlines()[0] if is_group else documentation.get(field.name, "")

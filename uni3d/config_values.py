@@ -27,6 +27,10 @@ METHOD_NAMES: tuple[str, ...] = (
     "sida",
     "sid-lsg",
     "f-distill",
+    "uni-instruct-integral",
+    "uni-instruct-four-term",
+    "uni-instruct-detached",
+    "uni-instruct-released",
 )
 DIVERGENCE_NAMES: tuple[str, ...] = (
     "forward_kl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,26 +25,17 @@ def check_output_file(
     a file that exists unless `overwrite`.
     """
     target = Path(path)
-    try:
-        if target.is_dir():
-            raise UsageError(f"output '{target}' is a folder; add a file name such as {target / 'mesh.glb'}")
-        if target.suffix.lower() not in suffixes:
-            raise UsageError(
-                f"output '{target}' has the suffix '{target.suffix}'; use one of {', '.join(suffixes)}"
-            )
-        if not target.parent.is_dir():
-            raise UsageError(
-                f"the folder '{target.parent}' of output '{target}' does not exist; create it first"
-            )
-        if target.exists() and not overwrite:
-            raise UsageError(f"output '{target}' exists; choose another name or pass --overwrite")
-    except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        reason = getattr(error, "strerror", None) or error
+    status = _status(target)
+    if status is not None and stat.S_ISDIR(status.st_mode):
+        raise UsageError(f"output '{target}' is a folder; add a file name such as {target / 'mesh.glb'}")
+    if target.suffix.lower() not in suffixes:
         raise UsageError(
-            f"output '{str(target)[:200]}' is no usable path ({reason}); choose another"
-        ) from error
+            f"output '{target}' has the suffix '{target.suffix}'; use one of {', '.join(suffixes)}"
+        )
+    if not target.parent.is_dir():
+        raise UsageError(f"the folder '{target.parent}' of output '{target}' does not exist; create it first")
+    if status is not None and not overwrite:
+        raise UsageError(f"output '{target}' exists; choose another name or pass --overwrite")
     _check_writable(target.parent)
     return target
 
@@ -51,17 +43,23 @@ def check_output_file(
 def check_output_folder(path: str | os.PathLike[str]) -> Path:
     """`path` as a Path, if it is a folder that can be written to or can be made; nothing is created."""
     folder = Path(path)
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"'{folder}' is a file where a folder is needed; choose another name")
-        existing = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"'{str(folder)[:200]}' is no usable folder ({reason}); choose another") from error
-    _check_writable(existing)
+    status = _status(folder)
+    if status is not None and not stat.S_ISDIR(status.st_mode):
+        raise UsageError(f"'{folder}' is a file where a folder is needed; choose another name")
+    _check_writable(next(place for place in (folder, *folder.absolute().parents) if place.is_dir()))
     return folder
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """What is at `path`, None if nothing is; UsageError if nothing can be."""
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        shown = repr(str(path)[:200])
+        raise UsageError(f"{shown} is no usable path ({reason}); choose another") from error
 
 
 def _check_writable(folder: Path) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from uni3d.config import Quality, TextTo3DConfig
-from uni3d.config_loader import config_to_yaml, load_config
+from uni3d.config_loader import load_config
 from uni3d.resources import resource_path
 
 PRESET_FILES: dict[Quality, str] = {
     "default": "configs/text_to_3d.yaml",
     "draft": "configs/text_to_3d_draft.yaml",
 }
-ONE_RUN_KEYS = ("prompt", "output", "resume", "overwrite", "quiet", "json")
 
 
 def quality_preset(quality: Quality) -> TextTo3DConfig:
@@ -29,8 +28,3 @@ def load_run_config(file: str | Path | None, quality: Quality | None = None) -> 
         return quality_preset(quality or "default")
     chosen = quality or load_config(file, TextTo3DConfig()).quality
     return load_config(file, quality_preset(chosen))
-
-
-def default_preset_text() -> str:
-    """What `configs/text_to_3d.yaml` must hold: the schema's defaults, without what belongs to one run."""
-    return config_to_yaml(TextTo3DConfig(), leave_out=ONE_RUN_KEYS)
