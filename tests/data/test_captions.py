@@ -14,6 +14,7 @@ from uni3d.data.captions import (
     canonical_caption,
     known_nouns,
     known_words,
+    may_recolour,
     nearest_words,
     nouns_in_prompt,
     read_vocabulary,
@@ -72,6 +73,21 @@ def test_canonical_captions() -> None:
 def test_no_word_is_said_twice() -> None:
     table = replace(CHAIR, name="wooden table", noun="table")
     assert all(text.split().count("wooden") <= 1 for text in captions(table))
+
+
+def test_material_is_left_out_where_it_goes_without_saying() -> None:
+    oak = replace(CHAIR, name="oak table", noun="table", colours=("brown",))
+    assert all("wooden oak" not in text for text in captions(oak, 100))
+    pine = replace(CHAIR, name="snowy pine tree", noun="pine tree", colours=("white",))
+    assert canonical_caption(pine) == "a white pine tree"
+    trees = replace(CHAIR, name="pine trees", noun="pine tree", colours=("green",))
+    assert not any("a green pine trees" in text for text in captions(trees, 100))
+
+
+def test_people_and_black_things_keep_their_colours() -> None:
+    assert may_recolour(CHAIR)
+    assert not may_recolour(replace(CHAIR, noun="woman"))
+    assert not may_recolour(replace(CHAIR, main_colour=(0.04, 0.04, 0.04)))
 
 
 def test_sampled_captions_vary_as_promised() -> None:

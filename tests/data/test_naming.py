@@ -61,4 +61,6 @@ def test_noun_table_is_consistent() -> None:
     assert set(table.head_of.values()) <= nouns
     assert table.has_front <= nouns
     assert table.wooden_when_brown <= nouns
+    assert table.no_material <= nouns
+    assert table.keep_colours <= nouns
     assert all(noun == noun.lower() for noun in nouns)

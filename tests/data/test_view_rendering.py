@@ -133,7 +133,8 @@ def test_a_furniture_catalogue_is_read(tmp_path: Path) -> None:
     catalogue = tmp_path / "shop.sh3f"
     entries = (
         "license=Creative Commons Attribution 3.0 license\n"
-        "id#1=Shop#chair\nname#1=Chair\ntags#1=Seat, Kitchen\ncategory#1=Kitchen\nmodel#1=/shop/chair.obj\nwidth#1=40\nheight#1=80\ndepth#1=40\ncreator#1=Ann\n"
+        "id#1=Shop#chair\nname#1=Chair\ntags#1=Seat, Kitchen\ncategory#1=Kitchen\nmodel#1=/shop/chair.obj\n"
+        "width#1=40\nheight#1=80\ndepth#1=40\ncreator#1=Ann\n"
         "id#2=Shop#plug\nname#2=Square type G plug\nmodel#2=/shop/plug.obj\n"
     )
     obj = trimesh.creation.box().export(file_type="obj")

@@ -26,7 +26,8 @@ import numpy as np
 
 from uni3d.data import naming, vases
 from uni3d.errors import UsageError
-from uni3d.mesh.renderable import RenderableMesh, load_renderable, safe_relative_name
+from uni3d.mesh.raycaster import load_renderable
+from uni3d.mesh.renderable import RenderableMesh, safe_relative_name
 
 Role = Literal["teacher", "evaluator", "neither", "both"]
 ROLES: tuple[Role, ...] = ("teacher", "evaluator", "neither", "both")

@@ -19,6 +19,7 @@ import numpy as np
 
 from uni3d.data.colours import COLOUR_SYNONYMS, COLOUR_WORDS
 from uni3d.data.naming import noun_table
+from uni3d.data.recolour import MIN_MAIN_LUMINANCE
 from uni3d.data.view_shards import ViewRecord
 from uni3d.errors import UsageError
 from uni3d.scene.camera import view_word
@@ -29,6 +30,7 @@ __all__ = [
     "canonical_caption",
     "known_nouns",
     "known_words",
+    "may_recolour",
     "nearest_words",
     "read_vocabulary",
     "sample_caption",
@@ -59,6 +61,7 @@ PREFIX_SHARE = 0.12
 PATTERN_PHRASE_SHARE = 0.35
 
 _PREFIXES = ("a photo of", "a picture of", "a 3d model of", "a render of", "a 3d render of")
+_WOODS = frozenset({"wood", "oak", "teak", "pine", "log", "concrete"})
 _PATTERNED = ("with artistic patterns", "with patterns", "with ornaments", "with decorations")
 _REFINED = ("refined", "elegant", "decorated", "ornate")
 _COMMON_WORDS = frozenset(
@@ -137,10 +140,17 @@ def _describe(record: ViewRecord, thing: str, colours: Sequence[str], materials:
     if _is_patterned(record) and separator and len(colours) > 1:
         thing = f"{head} with {colours.pop()} {pattern}"
     spoken = thing.split()
-    material = [word for word in materials if word not in spoken and word.removesuffix("en") not in spoken]
+    material = [] if record.noun in noun_table().no_material else _unsaid(materials, spoken)
     kept_colours = [word for word in colours if word not in spoken]
     phrase = " ".join([*([" and ".join(kept_colours)] if kept_colours else []), *material, thing])
-    return phrase if thing in noun_table().no_article else _with_article(phrase)
+    no_article = noun_table().no_article
+    return phrase if thing in no_article or thing.split()[-1] in no_article else _with_article(phrase)
+
+
+def _unsaid(materials: Sequence[str], spoken: list[str]) -> list[str]:
+    """Materials that the name does not already hold: no "wooden oak table", no "stone stone lantern"."""
+    says_wood = not _WOODS.isdisjoint(spoken)
+    return [word for word in materials if word not in spoken and not (word == "wooden" and says_wood)]
 
 
 def _with_article(phrase: str) -> str:
@@ -150,6 +160,13 @@ def _with_article(phrase: str) -> str:
 def _with_adjective(text: str, adjective: str) -> str:
     article, _, rest = text.partition(" ")
     return _with_article(f"{adjective} {rest}") if article in ("a", "an") else f"{adjective} {text}"
+
+
+def may_recolour(record: ViewRecord) -> bool:
+    """Whether training may give this asset another main colour: not people, not colours too dark to shade."""
+    red, green, blue = record.main_colour
+    is_bright = 0.299 * red + 0.587 * green + 0.114 * blue >= MIN_MAIN_LUMINANCE
+    return is_bright and record.noun not in noun_table().keep_colours
 
 
 # ---------------------------------------------------------------- vocabulary

@@ -46,6 +46,8 @@ class NounTable:
     no_article: frozenset[str]
     wooden_when_brown: frozenset[str]
     has_front: frozenset[str]
+    no_material: frozenset[str]
+    keep_colours: frozenset[str]
 
 
 @cache
@@ -66,6 +68,8 @@ def noun_table() -> NounTable:
         no_article=frozenset(raw["no_article"]),
         wooden_when_brown=frozenset(raw["wooden_when_brown"]),
         has_front=frozenset(raw["has_front"]),
+        no_material=frozenset(raw["no_material"]),
+        keep_colours=frozenset(raw["keep_colours"]),
     )
 
 

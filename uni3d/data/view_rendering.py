@@ -54,7 +54,6 @@ _MATERIAL_WORDS: list[tuple[str, str]] = [
     ("plastic", r"plastic"),
     ("wicker", r"rattan|wicker"),
 ]
-_NOUNS_WITHOUT_MATERIAL = frozenset("rock tree bush plant grass flower log mountain".split())
 
 
 @dataclass(frozen=True)
@@ -365,7 +364,7 @@ def _probe(caster: Raycaster, mesh: RenderableMesh) -> tuple[DominantColours, st
 
 def material_words(asset: Asset, material_name: str, main_colour: str) -> tuple[str, ...]:
     """At most one adjective ("wooden"), when the names say so or brown furniture makes it likely."""
-    if asset.noun in _NOUNS_WITHOUT_MATERIAL:
+    if asset.noun in noun_table().no_material:
         return ()
     spoken = re.sub(r"(?<=[a-z])(?=[A-Z])|[_\-.]", " ", f"{asset.name} | {material_name}").lower()
     for word, pattern in _MATERIAL_WORDS:

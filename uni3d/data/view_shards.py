@@ -206,26 +206,42 @@ def load_views(
         raise UsageError(
             f"'{folder}' holds no view shards ({SHARD_PATTERN}); make some with: uni3d teacher render"
         )
-    images: list[np.ndarray] = []
-    masks: list[np.ndarray] = []
+    chosen_of: dict[Path, list[int]] = {}
     records: list[ViewRecord] = []
-    with ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
-        for path in paths:
-            if limit is not None and len(records) >= limit:
-                break
-            with _open_shard(path) as shard:
-                shard_records = _decode_records(_table(shard))
-                chosen = [i for i, r in enumerate(shard_records) if roles is None or r.role in roles]
-                chosen = chosen if limit is None else chosen[: limit - len(records)]
-                if not chosen:
-                    continue
-                pictures, covers = _Blob(shard, "image"), _Blob(shard, "mask")
-            images.append(np.stack(list(pool.map(pictures.decode_rgba, chosen))))
-            masks.append(np.stack(list(pool.map(covers.decode_mask, chosen))))
-            records += [shard_records[i] for i in chosen]
+    for path in paths:
+        with _open_shard(path) as shard:
+            shard_records = _decode_records(_table(shard))
+        chosen = [i for i, r in enumerate(shard_records) if roles is None or r.role in roles]
+        chosen = chosen if limit is None else chosen[: limit - len(records)]
+        records += [shard_records[i] for i in chosen]
+        if chosen:
+            chosen_of[path] = chosen
     if not records:
         raise UsageError(f"no view in '{folder}' has one of the roles {sorted(roles or [])}")
-    return Views(np.concatenate(images), np.concatenate(masks), records)
+    return _decode_all(chosen_of, records, num_workers)
+
+
+def _decode_all(chosen_of: dict[Path, list[int]], records: list[ViewRecord], num_workers: int) -> Views:
+    """Decode straight into the arrays that are returned: half the memory of stacking."""
+    images = masks = np.zeros(0, np.uint8)
+    start = 0
+    with ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
+        for path, chosen in chosen_of.items():
+            with _open_shard(path) as shard:
+                pictures, covers = _Blob(shard, "image"), _Blob(shard, "mask")
+            if start == 0:
+                height, width = pictures.decode_rgba(chosen[0]).shape[:2]
+                images = np.empty((len(records), height, width, 4), np.uint8)
+                masks = np.empty((len(records), height, width), np.uint8)
+            for row, picture, mask in zip(
+                range(start, start + len(chosen)),
+                pool.map(pictures.decode_rgba, chosen),
+                pool.map(covers.decode_mask, chosen),
+                strict=True,
+            ):
+                images[row], masks[row] = picture, mask
+            start += len(chosen)
+    return Views(images, masks, records)
 
 
 class _Blob:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from uni3d.errors import MissingPackageError, UsageError
-from uni3d.mesh.renderable import Material, RenderableMesh, load_renderable
+from uni3d.mesh.mesh_files import load_renderable
+from uni3d.mesh.renderable import Material, RenderableMesh
 from uni3d.scene.camera import Cameras
 
 __all__ = ["Light", "Material", "Raycaster", "RenderableMesh", "RenderedView", "load_renderable"]
