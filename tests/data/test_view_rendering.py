@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections import defaultdict
 from dataclasses import replace
@@ -14,7 +15,7 @@ import trimesh
 
 from uni3d.data.asset_library import Asset, assign_roles, library_summary, load_asset, scan_assets
 from uni3d.data.captions import canonical_caption
-from uni3d.data.view_rendering import TEACHER_VIEWS, ViewSettings, render_library
+from uni3d.data.view_rendering import TEACHER_VIEWS, ViewSettings, _run_all, render_library
 from uni3d.data.view_shards import load_views
 from uni3d.errors import UsageError
 from uni3d.mesh.renderable import srgb_to_linear
@@ -98,6 +99,24 @@ def test_a_slow_asset_is_given_up(library: Path, tmp_path: Path) -> None:
     report = render_library([library], tmp_path / "views", settings=hasty, num_workers=0)
     assert not report.rendered
     assert any("longer than" in item.reason for item in report.failed)
+
+
+class _KillsItsProcess:
+    """Stands for a file that crashes a native reader: unpickling it in a worker ends that worker."""
+
+    def __reduce__(self) -> tuple[object, tuple[int]]:
+        return os._exit, (1,)
+
+
+@pytest.mark.slow
+def test_an_asset_that_kills_its_process_is_found_and_listed() -> None:
+    vases, _ = scan_assets(["procedural:vases:2"])
+    killer = replace(vases[0], asset_id="bad/asset", tags=(_KillsItsProcess(),))  # pyright: ignore
+    outcomes = {a.asset_id: outcome for a, outcome in _run_all([vases[0], killer, vases[1]], TINY, 1, 2)}
+    assert len(outcomes) == 3
+    assert isinstance(outcomes["bad/asset"], str)
+    assert "killed" in outcomes["bad/asset"]
+    assert all(len(outcomes[v.asset_id]) == TINY.num_views for v in vases)
 
 
 def test_metadata_table_names_assets(library: Path, tmp_path: Path) -> None:

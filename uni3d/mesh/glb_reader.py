@@ -227,7 +227,7 @@ def _skin_matrices(glb: _Glb, skin: dict[str, Any], world: dict[int, np.ndarray]
 
 
 def read_glb(content: bytes, max_texture: int) -> RenderableMesh:
-    """All triangles of the default scene in the default pose; damage raises UsageError or what Python raises."""
+    """All triangles of the default scene in the default pose; damage raises what Python raises."""
     glb = _Glb(content)
     materials, uv_sets = _glb_materials(glb, max_texture)
     world = _node_matrices(glb.json)
