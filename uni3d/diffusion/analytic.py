@@ -97,7 +97,7 @@ class GaussianMixture:
         batch = x.shape[: x.ndim - len(self.event_shape)]
         if x.shape[len(batch) :] != self.event_shape:
             raise ValueError(
-                f"x has the shape {tuple(x.shape)}: expected [*batch, {', '.join(map(str, self.event_shape))}]"
+                f"x has the shape {tuple(x.shape)}: expected a batch of {tuple(self.event_shape)}"
             )
         means, covariances = self.means.to(x), self.covariances.to(x)
         offset = x.reshape(*batch, 1, self.dim) - means

@@ -22,7 +22,7 @@ ADVERSARIAL_KINDS = ("non_saturating", "saturating", "linear")
 
 
 def real_loss(logits: Tensor, *, kind: str = "logistic") -> Tensor:
-    """What a discriminator pays for teacher samples, [B, ...] -> [B]: the mean of -log D, or of hinge (1 - l)+."""
+    """What a discriminator pays for teacher samples, [B, ...] -> [B]: mean of -log D, or of hinge (1 - l)+."""
     logits = at_least_float32(logits)
     match canonical(kind):
         case "logistic":
@@ -72,7 +72,7 @@ def adversarial_loss(logits: Tensor, *, kind: str | Divergence = "non_saturating
 
 
 def log_ratio_from_logits(logits: Tensor, *, max_abs: float = 5.0) -> Tensor:
-    """[B, ...] -> [B], float32 or better: each sample's mean logit, clamped to +-max_abs (no gradient beyond).
+    """[B, ...] -> [B], float32 or better: the mean logit, clamped to +-max_abs (no gradient beyond).
 
     The clamp guards training against a young discriminator: r then stays within [e^-5, e^5] = [0.007, 148].
     """
@@ -116,8 +116,8 @@ class RatioNormaliser(nn.Module):
         super().__init__()
         if num_bins < 1 or not 0 < sigma_min < sigma_max or not 0 < prior_count <= horizon:
             raise ValueError(
-                f"RatioNormaliser({num_bins=}, {sigma_min=}, {sigma_max=}, {horizon=}, {prior_count=}): expected "
-                "num_bins >= 1, 0 < sigma_min < sigma_max and 0 < prior_count <= horizon"
+                f"RatioNormaliser({num_bins=}, {sigma_min=}, {sigma_max=}, {horizon=}, {prior_count=}): "
+                "expected num_bins >= 1, 0 < sigma_min < sigma_max and 0 < prior_count <= horizon"
             )
         self.num_bins, self.horizon = num_bins, horizon
         self._log_range = (math.log(sigma_min), math.log(sigma_max))
@@ -132,7 +132,7 @@ class RatioNormaliser(nn.Module):
 
     @torch.no_grad()
     def update(self, log_ratio: Tensor, sigma: Tensor) -> None:
-        """Counts student samples: log_ratio [B] (clamped already) at sigma [B]. Non-finite ones are left out."""
+        """Counts student samples: log_ratio [B] (clamped) at sigma [B]. Non-finite ones are left out."""
         ratio = at_least_float32(log_ratio).exp().to(self.mean_ratio)
         finite = ratio.isfinite()
         index = self.bin_index(sigma.to(self.mean_ratio.device))[finite]

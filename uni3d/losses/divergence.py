@@ -54,7 +54,7 @@ class Divergence:
     is_constant: bool
     is_bounded: bool
     _f: _Function = field(repr=False, compare=False)  # of r
-    _psi: _Function = field(repr=False, compare=False)  # this and the rest: of l = log r
+    _psi: _Function = field(repr=False, compare=False)  # this and the rest: of log r
     _square: _Function = field(repr=False, compare=False)
     _score_slope: _Function = field(repr=False, compare=False)
     _square_slope: _Function = field(repr=False, compare=False)
@@ -91,95 +91,95 @@ class Divergence:
         return self._potential(clamp_log_ratio(log_ratio))
 
 
-# 0 * l keeps a constant weight in the autograd graph, so that its gradient is zero and not an error.
+# 0 * log_r keeps a constant weight in the autograd graph, so that its gradient is zero and not an error.
 _TABLE = (
     Divergence(
         "forward_kl",
         is_constant=False,
         is_bounded=False,
         _f=lambda r: r * r.log(),
-        _psi=lambda l: l.exp(),
-        _square=lambda l: 0 * l,
-        _score_slope=lambda l: l.exp(),
-        _square_slope=lambda l: 0 * l,
-        _potential=lambda l: -l.exp(),
+        _psi=lambda log_r: log_r.exp(),
+        _square=lambda log_r: 0 * log_r,
+        _score_slope=lambda log_r: log_r.exp(),
+        _square_slope=lambda log_r: 0 * log_r,
+        _potential=lambda log_r: -log_r.exp(),
     ),
     Divergence(
         "reverse_kl",
         is_constant=True,
         is_bounded=True,
         _f=lambda r: -r.log(),
-        _psi=lambda l: 1 + 0 * l,
-        _square=lambda l: 1 + 0 * l,
-        _score_slope=lambda l: 0 * l,
-        _square_slope=lambda l: 0 * l,
-        _potential=lambda l: -l,
+        _psi=lambda log_r: 1 + 0 * log_r,
+        _square=lambda log_r: 1 + 0 * log_r,
+        _score_slope=lambda log_r: 0 * log_r,
+        _square_slope=lambda log_r: 0 * log_r,
+        _potential=lambda log_r: -log_r,
     ),
     Divergence(  # KL(q||p) + KL(p||q)
         "jeffreys",
         is_constant=False,
         is_bounded=False,
         _f=lambda r: (r - 1) * r.log(),
-        _psi=lambda l: 1 + l.exp(),
-        _square=lambda l: 1 + 0 * l,
-        _score_slope=lambda l: l.exp(),
-        _square_slope=lambda l: 0 * l,
-        _potential=lambda l: -l - l.exp(),
+        _psi=lambda log_r: 1 + log_r.exp(),
+        _square=lambda log_r: 1 + 0 * log_r,
+        _score_slope=lambda log_r: log_r.exp(),
+        _square_slope=lambda log_r: 0 * log_r,
+        _potential=lambda log_r: -log_r - log_r.exp(),
     ),
     Divergence(  # KL(q||m) + KL(p||m), m = (p + q)/2: twice the usual Jensen-Shannon divergence
         "js",
         is_constant=False,
         is_bounded=True,
         _f=lambda r: r * (logsigmoid(r.log()) + math.log(2)) + logsigmoid(-r.log()) + math.log(2),
-        _psi=lambda l: l.sigmoid(),
-        _square=lambda l: l.sigmoid().square(),
-        _score_slope=lambda l: l.sigmoid() * (-l).sigmoid(),
-        _square_slope=lambda l: 2 * l.sigmoid().square() * (-l).sigmoid(),
-        _potential=lambda l: logsigmoid(-l),
+        _psi=lambda log_r: log_r.sigmoid(),
+        _square=lambda log_r: log_r.sigmoid().square(),
+        _score_slope=lambda log_r: log_r.sigmoid() * (-log_r).sigmoid(),
+        _square_slope=lambda log_r: 2 * log_r.sigmoid().square() * (-log_r).sigmoid(),
+        _potential=lambda log_r: logsigmoid(-log_r),
     ),
     Divergence(  # integral of (q - p)^2 / p
         "pearson_chi2",
         is_constant=False,
         is_bounded=False,
         _f=lambda r: (r - 1).square(),
-        _psi=lambda l: 2 * (2 * l).exp(),
-        _square=lambda l: -2 * (2 * l).exp(),
-        _score_slope=lambda l: 4 * (2 * l).exp(),
-        _square_slope=lambda l: -4 * (2 * l).exp(),
-        _potential=lambda l: -(2 * l).exp(),
+        _psi=lambda log_r: 2 * (2 * log_r).exp(),
+        _square=lambda log_r: -2 * (2 * log_r).exp(),
+        _score_slope=lambda log_r: 4 * (2 * log_r).exp(),
+        _square_slope=lambda log_r: -4 * (2 * log_r).exp(),
+        _potential=lambda log_r: -(2 * log_r).exp(),
     ),
     Divergence(  # integral of (q - p)^2 / q
         "neyman_chi2",
         is_constant=False,
         is_bounded=False,
         _f=lambda r: (r - 1).square() / r,
-        _psi=lambda l: 2 * (-l).exp(),
-        _square=lambda l: 4 * (-l).exp(),
-        _score_slope=lambda l: -2 * (-l).exp(),
-        _square_slope=lambda l: -4 * (-l).exp(),
-        _potential=lambda l: 2 * (-l).exp(),
+        _psi=lambda log_r: 2 * (-log_r).exp(),
+        _square=lambda log_r: 4 * (-log_r).exp(),
+        _score_slope=lambda log_r: -2 * (-log_r).exp(),
+        _square_slope=lambda log_r: -4 * (-log_r).exp(),
+        _potential=lambda log_r: 2 * (-log_r).exp(),
     ),
     Divergence(  # integral of (sqrt q - sqrt p)^2
         "squared_hellinger",
         is_constant=False,
         is_bounded=False,
         _f=lambda r: (r.sqrt() - 1).square(),
-        _psi=lambda l: (l / 2).exp() / 2,
-        _square=lambda l: (l / 2).exp() / 4,
-        _score_slope=lambda l: (l / 2).exp() / 4,
-        _square_slope=lambda l: (l / 2).exp() / 8,
-        _potential=lambda l: -(l / 2).exp(),
+        _psi=lambda log_r: (log_r / 2).exp() / 2,
+        _square=lambda log_r: (log_r / 2).exp() / 4,
+        _score_slope=lambda log_r: (log_r / 2).exp() / 4,
+        _square_slope=lambda log_r: (log_r / 2).exp() / 8,
+        _potential=lambda log_r: -(log_r / 2).exp(),
     ),
     Divergence(  # f-distill's; what the non-saturating GAN loss -log D minimises
         "softened_reverse_kl",
         is_constant=False,
         is_bounded=True,
         _f=lambda r: -(1 + r) * (logsigmoid(r.log()) + math.log(2)),
-        _psi=lambda l: (-l).sigmoid(),
-        _square=lambda l: (-l).sigmoid() * (1 + l.sigmoid()),
-        _score_slope=lambda l: -l.sigmoid() * (-l).sigmoid(),
-        _square_slope=lambda l: -2 * l.sigmoid().square() * (-l).sigmoid(),
-        _potential=lambda l: -logsigmoid(l),
+        _psi=lambda log_r: (-log_r).sigmoid(),
+        _square=lambda log_r: (-log_r).sigmoid() * (1 + log_r.sigmoid()),
+        _score_slope=lambda log_r: -log_r.sigmoid() * (-log_r).sigmoid(),
+        _square_slope=lambda log_r: -2 * log_r.sigmoid().square() * (-log_r).sigmoid(),
+        _potential=lambda log_r: -logsigmoid(log_r),
     ),
 )
 _BY_NAME = {divergence.name: divergence for divergence in _TABLE}
@@ -200,7 +200,7 @@ def get(name: str | Divergence) -> Divergence:
         return name
     if not isinstance(name, str):
         raise ValueError(
-            f"a divergence is a name or a Divergence, got {type(name).__name__}: choose one of {', '.join(names())}"
+            f"got {type(name).__name__} for a divergence: pass a Divergence or one of {', '.join(names())}"
         )
     if "*" in name or "+" in name:
         return mixture(_parse_mixture(name))
@@ -225,7 +225,7 @@ def mixture(weights: Mapping[str, float]) -> Divergence:
     parts = [(weight, part) for weight, part in parts if weight > 0]
     if not parts:
         raise ValueError(
-            f"the mixture {dict(weights)} has no positive weight: give at least one divergence a positive weight"
+            f"the mixture {dict(weights)} has no positive weight: give one to at least one divergence"
         )
 
     def weighted(attribute: str) -> _Function:
@@ -256,7 +256,7 @@ def _parse_mixture(text: str) -> dict[str, float]:
             weight = float(number) if star else 1.0
         except ValueError:
             raise ValueError(
-                f"cannot read {part.strip()!r} in the mixture {text!r}: write it as 0.4*forward_kl + 0.6*reverse_kl"
+                f"cannot read {part.strip()!r} in the mixture {text!r}: write 0.4*forward_kl + 0.6*reverse_kl"
             ) from None
         key = canonical(name if star else part)
         weights[key] = weights.get(key, 0.0) + weight

@@ -186,7 +186,7 @@ def uni_instruct_loss(
 def sid_loss(
     x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, time_weight: Tensor | float, *, alpha: float = 1.0
 ) -> Tensor:
-    """Score identity distillation, [B]: time_weight * (<Delta, teacher_x0 - x0> - alpha |Delta|^2), all attached.
+    """SiD, all attached: time_weight * (<Delta, teacher_x0 - x0> - alpha |Delta|^2), [B].
 
     alpha = 1/2 is half of `uni_instruct_loss` for reverse KL, the exact gradient. alpha = 1 drops the
     |Delta|^2 term (the sampling distribution is taken as frozen); 1.2 is the value of the paper (Zhou et al.
@@ -241,7 +241,7 @@ def check_form(form: str, ratio: str | None) -> None:
         raise unknown_name("ratio option", ratio, ("attached", "detached"))
     if form != "exact" and ratio == "attached":
         raise ValueError(
-            f"form {form!r} takes the ratio as a constant: leave ratio out, or use form 'exact' with ratio 'attached'"
+            f"form {form!r} takes the ratio as a constant: leave ratio out, or use the form 'exact'"
         )
 
 
@@ -260,6 +260,6 @@ def _log_ratio(log_ratio: Tensor | None, f: Divergence, x0: Tensor) -> Tensor:
         return per_sample(0.0, x0, "log_ratio")
     if log_ratio is None:
         raise ValueError(
-            f"{f.name} weighs samples by the density ratio, but log_ratio is None: pass the discriminator's [B]"
+            f"{f.name} weighs samples by the density ratio, but log_ratio is None: pass log r, shape [B]"
         )
     return per_sample(log_ratio, x0, "log_ratio")

@@ -1,8 +1,9 @@
-"""Noise levels: how every diffusion process becomes x = x0 + sigma * eps, which levels to draw, what they weigh.
+"""Noise levels: how every process becomes x = x0 + sigma * eps, which levels to draw, what they weigh.
 
-One process is used throughout, the variance-exploding form x = x0 + sigma * eps ("ve", as in EDM). Any process
-x_t = alpha * x0 + s * eps is a rescaling of it: x = x_t / alpha, sigma = s / alpha. For a variance-preserving
-network ("vp": alpha^2 + s^2 = 1, alpha^2 = abar) sigma = sqrt((1 - abar) / abar) and x_vp = x / sqrt(1 + sigma^2).
+One process is used throughout, the variance-exploding form x = x0 + sigma * eps ("ve", as in EDM). Any
+process x_t = alpha * x0 + s * eps is a rescaling of it: x = x_t / alpha, sigma = s / alpha. For a
+variance-preserving network ("vp": alpha^2 + s^2 = 1, alpha^2 = abar) sigma = sqrt((1 - abar) / abar) and
+x_vp = x / sqrt(1 + sigma^2).
 
 Time weights are in x0 units: they multiply Delta = D_q - D_p (difference of x0-predictions) or its square.
 """
@@ -24,7 +25,7 @@ Form = Literal["ve", "vp"]
 
 
 class DiscreteVPSchedule:
-    """The noise levels of a network trained on a table `alphas_cumprod`: N values inside (0, 1), strictly falling.
+    """The noise levels of a network trained on `alphas_cumprod`: N values inside (0, 1), strictly falling.
 
     Between two timesteps log sigma is interpolated linearly. Immutable; the table follows the device of each
     argument. Raises ValueError for a table that is not as above. (A table that ends at zero, "zero terminal
@@ -39,8 +40,8 @@ class DiscreteVPSchedule:
             )
         if not (bool((abar > 0).all()) and bool((abar < 1).all()) and bool((abar.diff() < 0).all())):
             raise ValueError(
-                f"alphas_cumprod runs from {abar[0].item():g} to {abar[-1].item():g}: expected values strictly "
-                "between 0 and 1 that fall at every step (leave out a last entry of zero)"
+                f"alphas_cumprod runs from {abar[0].item():g} to {abar[-1].item():g}: expected values "
+                "strictly between 0 and 1 that fall at every step (leave out a last entry of zero)"
             )
         self._log_sigmas = 0.5 * (torch.log1p(-abar) - abar.log())
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -129,7 +130,7 @@ def ve_from_vp(x_vp: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def ve_from_scaled(x_t: Tensor, alpha: Tensor | float, noise_std: Tensor | float) -> tuple[Tensor, Tensor]:
-    """x_t = alpha x0 + noise_std eps -> (x, sigma [B]) in ve form: any Gaussian process, flow matching included."""
+    """x_t = alpha x0 + noise_std eps -> (x, sigma [B]) in ve form: any Gaussian process, flow matching too."""
     wide = at_least_float32(x_t)
     alpha = per_sample(alpha, x_t, "alpha")
     return wide / over_elements(alpha, wide), per_sample(noise_std, x_t, "noise_std") / alpha
@@ -297,7 +298,7 @@ def sample_lognormal_sigma(
 
 
 def rho_sigma(u: Tensor, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """EDM's spacing: sigma^(1/rho) is linear in u, from sigma_max at u = 0 to sigma_min at u = 1 (same, eq. 5)."""
+    """EDM's spacing: sigma^(1/rho) is linear in u, sigma_max at u = 0 and sigma_min at u = 1 (eq. 5 there)."""
     first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return (first + at_least_float32(u) * (last - first)).pow(rho)
 
@@ -344,7 +345,7 @@ class TimestepWindow:
         for low, high in (self.at(-math.inf), self.at(math.inf)):
             if not 0 <= low < high <= 1:
                 raise ValueError(
-                    f"timestep window [{low}, {high}]: expected 0 <= minimum < maximum <= 1, fractions of the schedule"
+                    f"timestep window [{low}, {high}]: expected fractions, 0 <= minimum < maximum <= 1"
                 )
         if not 0 <= self.anneal_start <= self.anneal_end:
             raise ValueError(

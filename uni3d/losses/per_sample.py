@@ -1,4 +1,4 @@
-"""Shape and precision rules of the losses: the first axis is the batch, arithmetic is in float32 or better."""
+"""Shapes and precision of the losses: the first axis is the batch, arithmetic is in float32 or better."""
 
 from __future__ import annotations
 

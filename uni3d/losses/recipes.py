@@ -35,7 +35,7 @@ Term = Tensor | Callable[[Tensor], Tensor]
 
 
 class NetworkPasses(NamedTuple):
-    """Evaluations of a denoising network in one step; a discriminator counts as one even if it shares features."""
+    """Network evaluations in one step; a discriminator counts as one even if it shares features."""
 
     student_forward: int
     student_backward: int
@@ -140,12 +140,12 @@ class Recipe:
             )
         if not f.is_constant and self.student != "trained":
             raise ValueError(
-                f"{self.name} takes the student for a single image, which has no density ratio to weigh {f.name} "
-                "with: use reverse_kl, or a method with a trained fake score such as uni_instruct"
+                f"{self.name} takes the student for a single image, which has no density ratio to weigh "
+                f"{f.name} with: use reverse_kl, or a method with a trained fake score such as uni_instruct"
             )
         if self.form != "score_difference" and self.student != "trained":
             raise ValueError(
-                f"{self.name}: the form {self.form} needs a trained fake score, got the student {self.student!r}"
+                f"{self.name}: the form {self.form} needs student='trained', got {self.student!r}"
             )
 
     @property
@@ -190,7 +190,7 @@ class Recipe:
 
     @property
     def required_terms(self) -> tuple[str, ...]:
-        """Arguments of `generator_loss` that the caller must bring beyond teacher, fake score, discriminator."""
+        """What `generator_loss` needs beyond the predictions of teacher, fake score and discriminator."""
         optional = ("regression", "data_fidelity", "reward")
         terms = [term for term in optional if getattr(self, f"{term}_weight") > 0]
         if self.student == "source" and self.score_weight > 0:
@@ -437,7 +437,8 @@ def get(name: str, divergence: str | Divergence | None = None, **overrides: Any)
     (`Recipe.accepts_divergence`); naming a fixed method's own divergence is accepted too. `overrides` replace
     fields of `Recipe`, for example reward_weight=0, form="score_difference" or alpha=0.5; `variant` = exact,
     integral, four_term, detached or released is short for the name uni_instruct_<variant>.
-    Raises ValueError for an unknown name or field, a divergence that is not the method's, or values that do not fit.
+    Raises ValueError for an unknown name or field, a divergence that is not the method's, or values that do
+    not fit together.
     """
     key = canonical(name)
     variant = overrides.pop("variant", None)
@@ -456,7 +457,7 @@ def get(name: str, divergence: str | Divergence | None = None, **overrides: Any)
         if chosen.name != recipe.divergence.name and not recipe.accepts_divergence:
             free = ", ".join(other.name for other in _RECIPES.values() if other.accepts_divergence)
             raise ValueError(
-                f"{recipe.name} minimises {recipe.divergence.name} by definition and cannot take {chosen.name}: "
+                f"{recipe.name} minimises {recipe.divergence.name} by definition, not {chosen.name}: "
                 f"leave the divergence out, or choose one of {free}"
             )
         overrides["divergence"] = chosen
