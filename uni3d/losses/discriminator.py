@@ -22,7 +22,7 @@ ADVERSARIAL_KINDS = ("non_saturating", "saturating", "linear")
 
 
 def real_loss(logits: Tensor, *, kind: str = "logistic") -> Tensor:
-    """What a discriminator pays for teacher samples, [B, ...] -> [B]: mean of -log D, or of hinge (1 - l)+."""
+    """What a discriminator pays for teacher samples, [B, ...] -> [B]: mean of -log D or of hinge."""
     logits = at_least_float32(logits)
     match canonical(kind):
         case "logistic":

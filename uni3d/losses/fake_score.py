@@ -28,7 +28,7 @@ def denoising_loss(
 ) -> Tensor:
     """weight(sigma) * |prediction_x0 - sg(x0)|^2 per sample, [B].
 
-    `prediction_x0` [B, ...] is D_p(sg(x0) + sigma eps), `x0` [B, ...] the student's samples, `sigma` float or [B].
+    `prediction_x0` [B, ...] is D_p(sg(x0) + sigma eps), `x0` [B, ...] the student's samples.
     `weighting` is the space in which the plain squared error is taken:
 
     - ``eps``: 1 / sigma^2, the error of the predicted noise (DDPM's simple loss);

@@ -130,7 +130,7 @@ def ve_from_vp(x_vp: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def ve_from_scaled(x_t: Tensor, alpha: Tensor | float, noise_std: Tensor | float) -> tuple[Tensor, Tensor]:
-    """x_t = alpha x0 + noise_std eps -> (x, sigma [B]) in ve form: any Gaussian process, flow matching too."""
+    """x_t = alpha x0 + noise_std eps -> (x, sigma [B]) in ve form: for flow matching and others."""
     wide = at_least_float32(x_t)
     alpha = per_sample(alpha, x_t, "alpha")
     return wide / over_elements(alpha, wide), per_sample(noise_std, x_t, "noise_std") / alpha
@@ -298,7 +298,7 @@ def sample_lognormal_sigma(
 
 
 def rho_sigma(u: Tensor, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """EDM's spacing: sigma^(1/rho) is linear in u, sigma_max at u = 0 and sigma_min at u = 1 (eq. 5 there)."""
+    """EDM's spacing: sigma^(1/rho) is linear in u, sigma_max at u = 0 and sigma_min at u = 1."""
     first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return (first + at_least_float32(u) * (last - first)).pow(rho)
 
