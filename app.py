@@ -1,0 +1,10 @@
+"""The web page: `python app.py`, then open the address that it prints."""
+
+from __future__ import annotations
+
+import sys
+
+from uni3d.demo import main
+
+if __name__ == "__main__":
+    sys.exit(main())
