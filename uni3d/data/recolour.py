@@ -17,8 +17,9 @@ _LUMA = (0.299, 0.587, 0.114)
 
 def luminance(rgb: Tensor) -> Tensor:
     """Luma of display values (BT.601): [B, 3, ...] -> [B, 1, ...]."""
-    weights = torch.tensor(_LUMA, dtype=rgb.dtype, device=rgb.device).reshape(1, 3, *[1] * (rgb.ndim - 2))
-    return (rgb * weights).sum(dim=1, keepdim=True)
+    # Plain numbers: a weight tensor would be copied to the device anew, and waited for, in every batch.
+    red, green, blue = _LUMA
+    return red * rgb[:, 0:1] + green * rgb[:, 1:2] + blue * rgb[:, 2:3]
 
 
 def can_recolour(main_colour: Tensor) -> Tensor:

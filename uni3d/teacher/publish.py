@@ -163,7 +163,7 @@ def _model_index() -> dict[str, Any]:
 def model_card(state: Mapping[str, Any], networks: Mapping[str, nn.Module], notes: Mapping[str, str]) -> str:
     """The README of a teacher folder, from its checkpoint's state."""
     vocabulary, metrics = state["vocabulary"], state["metrics"]
-    nouns = sorted(vocabulary["nouns"], key=lambda noun: (-vocabulary["nouns"][noun], noun))
+    nouns = sorted(vocabulary["nouns"], key=lambda noun: (-vocabulary["nouns"][noun]["count"], noun))
     size = state["config"]["autoencoder"]["image_size"]
     denoiser, autoencoder = metrics["denoiser"], metrics["autoencoder"]
     minutes = f"{denoiser['training_minutes']:g} min after {autoencoder.get('training_minutes', 0):g} min"

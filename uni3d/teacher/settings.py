@@ -34,11 +34,11 @@ class TeacherDataConfig:
     """Background near white or light grey; any colour otherwise."""
     gradient_background_probability: float = 0.5
     """Background that runs from one colour to another instead of a plain one."""
-    caption_variants: int = 6
-    """Different captions per object and view word, drawn before training."""
-    recolour_caption_variants: int = 3
-    """The same, for every colour word that the object can be recoloured to."""
-    view_word_probability: float = 0.9
+    caption_variants: int = 12
+    """Different captions per asset, drawn before training."""
+    recolour_caption_variants: int = 4
+    """The same, for every colour word that the asset can be recoloured to."""
+    view_word_probability: float = 0.85
     """Captions that end with the view word (", front view")."""
 
 

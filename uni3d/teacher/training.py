@@ -25,7 +25,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from uni3d.data.captions import COLOUR_WORDS, known_nouns
+from uni3d.data.captions import known_words, vocabulary_from_records
 from uni3d.data.view_shards import load_views
 from uni3d.diffusion.camera_token import CameraToken
 from uni3d.errors import Interrupted, UsageError
@@ -166,7 +166,7 @@ def train_teacher(
     tokenizer = _tokenizer(output, texts, config, resume)
     pool = build_view_pool(views, texts, tokenizer, config.data, device=device)
     logger.info(
-        "%d subjects, %d nouns, caption tables and views on %s after %.0f s",
+        "%d assets, %d nouns, caption tables and views on %s after %.0f s",
         len(texts.plain), len({r.noun for r in views.records}), device, time.monotonic() - started_s,
     )  # fmt: skip
     with StopFlag() as stop:
@@ -226,21 +226,15 @@ def _tokenizer(output: Path, texts: CaptionTexts, config: TeacherConfig, resume:
         tokenizer = read_tokenizer(state)
     else:
         tokenizer = tokenizer_for(
-            texts, extra_words=list(known_nouns()), context_length=config.denoiser.context_length
+            texts, extra_words=sorted(known_words()), context_length=config.denoiser.context_length
         )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
 def _vocabulary(views: Views, texts: CaptionTexts) -> dict[str, Any]:
-    """What the teacher has seen, by kind: nouns with their number of views, colours, view words, all words."""
-    counts = Counter(record.noun for record in views.records)
-    return {
-        "nouns": dict(sorted(counts.items())),
-        "colours": list(COLOUR_WORDS),
-        "views": list(VIEW_WORDS),
-        "words": texts.all_words(),
-    }
+    """What the teacher has seen, for warnings about prompts: see `vocabulary_from_records`, and every word."""
+    return {**vocabulary_from_records(views.records), "views": list(VIEW_WORDS), "words": texts.all_words()}
 
 
 # ---------------------------------------------------------------------- phase 1: autoencoder

@@ -2,8 +2,8 @@
 
 All views stay on the device as 8-bit RGBA, and every caption that the loop may need is tokenised beforehand,
 so that the training loop neither copies images nor waits for the CPU.
-Legend: N views, B batch, H W pixels, K distinct subjects (an object seen under one view word), V caption
-variants, C colour words, L tokens of a prompt.
+Legend: N views, B batch, H W pixels, K assets, V caption variants, C colour words, L tokens of a prompt,
+S ways to end a caption (no view word, or one of the four).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from uni3d.data.captions import COLOUR_WORDS, sample_caption
-from uni3d.data.recolour import recolour
+from uni3d.data.recolour import can_recolour, recolour
 from uni3d.errors import UsageError
 from uni3d.scene.camera import Cameras, view_word
 from uni3d.teacher.settings import TeacherDataConfig
@@ -42,10 +42,10 @@ _MIN_RECOLOUR_SHARE = 0.004
 
 @dataclass(frozen=True)
 class CaptionTexts:
-    """All captions the training may use: per subject, as written and with another main colour."""
+    """All captions the training may use, without view words: per asset, as it is and with another main colour."""
 
-    subject_of_view: np.ndarray
-    """Index of each view's subject, int64 [N]."""
+    asset_of_view: np.ndarray
+    """Index of each view's asset, int64 [N]."""
     plain: list[list[str]]
     """[K][V] captions."""
     recoloured: list[list[list[str]]]
@@ -54,7 +54,7 @@ class CaptionTexts:
 
     def all_words(self) -> list[str]:
         """Every word of every caption, the colours and view words: what the tokenizer must know."""
-        words = set(words_of(_EXTRA_WORDS)) | set(words_of(VIEW_WORDS)) | set(words_of(self.colour_words))
+        words = set(words_of([*_EXTRA_WORDS, *VIEW_WORDS, *self.colour_words]))
         for variants, by_colour in zip(self.plain, self.recoloured, strict=True):
             words.update(words_of(variants))
             words.update(words_of(text for texts in by_colour for text in texts))
@@ -62,37 +62,29 @@ class CaptionTexts:
 
 
 def collect_captions(records: Sequence[ViewRecord], config: TeacherDataConfig, *, seed: int) -> CaptionTexts:
-    """Draw the caption variants of every distinct subject among `records`, repeatably for a seed."""
+    """Draw the caption variants of every distinct asset among `records`, repeatably for a seed."""
     colour_words = list(COLOUR_WORDS)
-    subjects: dict[tuple[Any, ...], int] = {}
+    index_of: dict[str, int] = {}
     representatives: list[ViewRecord] = []
-    subject_of_view = np.empty(len(records), dtype=np.int64)
+    asset_of_view = np.empty(len(records), dtype=np.int64)
     for index, record in enumerate(records):
-        key = (record.asset_id, record.colours, view_word(record.azimuth_deg, record.elevation_deg))
-        if key not in subjects:
-            subjects[key] = len(representatives)
+        if record.asset_id not in index_of:
+            index_of[record.asset_id] = len(representatives)
             representatives.append(record)
-        subject_of_view[index] = subjects[key]
+        asset_of_view[index] = index_of[record.asset_id]
     plain: list[list[str]] = []
     recoloured: list[list[list[str]]] = []
     rng = np.random.default_rng(seed)
     for record in representatives:
-        plain.append([_caption(record, rng, config, None) for _ in range(config.caption_variants)])
+        plain.append([sample_caption(record, rng, view=False) for _ in range(config.caption_variants)])
         others = tuple(record.colours[1:])
         by_colour = []
         for word in colour_words:
             colours = (word, *(other for other in others if other != word))
             variants = range(config.recolour_caption_variants)
-            by_colour.append([_caption(record, rng, config, colours) for _ in variants])
+            by_colour.append([sample_caption(record, rng, colours=colours, view=False) for _ in variants])
         recoloured.append(by_colour)
-    return CaptionTexts(subject_of_view, plain, recoloured, colour_words)
-
-
-def _caption(
-    record: ViewRecord, rng: np.random.Generator, config: TeacherDataConfig, colours: tuple[str, ...] | None
-) -> str:
-    has_view = rng.random() < config.view_word_probability
-    return sample_caption(record, rng, colours=colours, view=has_view)
+    return CaptionTexts(asset_of_view, plain, recoloured, colour_words)
 
 
 def tokenizer_for(texts: CaptionTexts, *, extra_words: Sequence[str], context_length: int) -> CLIPTokenizer:
@@ -117,12 +109,14 @@ class ViewPool:
     """float32 [N, 5], see Cameras.conditioning."""
     can_recolour: Tensor
     """bool [N]."""
-    subjects: Tensor
+    assets: Tensor
     """int64 [N], row of the caption tables."""
+    view_words: Tensor
+    """int64 [N], 1 + index into VIEW_WORDS; 0 stands for a caption without a view word."""
     captions: Tensor
-    """int16 [K, V, L]."""
+    """int16 [K, V, S, L]."""
     recoloured_captions: Tensor
-    """int16 [K, C, V', L]."""
+    """int16 [K, C, V', S, L]."""
     colour_targets: Tensor
     """float32 [C, M, 3]: the sRGB colours of each colour word, the last repeated up to M."""
     colour_counts: Tensor
@@ -171,17 +165,20 @@ def build_view_pool(
             for name in ("azimuth_deg", "elevation_deg", "radius", "fov_y_deg")
         )
     )
+    main_colours = torch.tensor([record.main_colour for record in records], dtype=torch.float32)
     targets, counts = _colour_table(texts.colour_words)
+    words = [view_word(record.azimuth_deg, record.elevation_deg) for record in records]
     plain = _token_table(tokenizer, texts.plain)
     recoloured = _token_table(tokenizer, [sum(by_colour, []) for by_colour in texts.recoloured])
-    recoloured = recoloured.reshape(len(texts.plain), len(texts.colour_words), -1, recoloured.shape[-1])
+    recoloured = recoloured.unflatten(1, (len(texts.colour_words), -1))
     return ViewPool(
         images=torch.as_tensor(views.images).to(device),
         main_masks=main_masks.to(device),
-        main_colours=torch.tensor([record.main_colour for record in records], dtype=torch.float32, device=device),
+        main_colours=main_colours.to(device),
         conditioning=cameras.conditioning().to(device),
-        can_recolour=(share > _MIN_RECOLOUR_SHARE).to(device),
-        subjects=torch.from_numpy(texts.subject_of_view).to(device),
+        can_recolour=((share > _MIN_RECOLOUR_SHARE) & can_recolour(main_colours)).to(device),
+        assets=torch.from_numpy(texts.asset_of_view).to(device),
+        view_words=torch.tensor([1 + VIEW_WORDS.index(word) for word in words], device=device),
         captions=plain.to(device),
         recoloured_captions=recoloured.to(device),
         colour_targets=targets.to(device),
@@ -207,9 +204,27 @@ def _heldout_views(records: Sequence[ViewRecord], num_assets: int) -> Tensor:
 
 
 def _token_table(tokenizer: CLIPTokenizer, texts: list[list[str]]) -> Tensor:
-    """[K][V] texts -> int16 [K, V, L]."""
-    flat = [text for variants in texts for text in variants]
-    return torch.from_numpy(token_ids(tokenizer, flat)).reshape(len(texts), -1, tokenizer.model_max_length)
+    """[K][V] texts -> int16 [K, V, S, L]: each without and with every view word.
+
+    Tokens never join across a comma, so the endings are tokenised once and set behind each text's own tokens.
+    """
+    length = tokenizer.model_max_length
+    plain = token_ids(tokenizer, [text for variants in texts for text in variants])
+    # Column of each text's first end token; ends that would not fit push the text's last words out.
+    stops = (plain == tokenizer.eos_token_id).argmax(axis=1)
+    rows = np.arange(len(plain))
+    tables = [plain]
+    for word in VIEW_WORDS:
+        ending = token_ids(tokenizer, [f", {word} view"])[0]
+        num = int((ending == tokenizer.eos_token_id).argmax()) - 1
+        table = plain.copy()
+        starts = np.minimum(stops, length - 1 - num)
+        for offset in range(num):
+            table[rows, starts + offset] = ending[1 + offset]
+        table[rows, starts + num] = tokenizer.eos_token_id
+        tables.append(table)
+    ids = torch.from_numpy(np.stack(tables, axis=1))
+    return ids.reshape(len(texts), -1, len(tables), length)
 
 
 def _colour_table(words: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -255,12 +270,14 @@ class ViewSampler:
         rgba = pool.images[views].permute(0, 3, 1, 2).float() / 255.0
         rgb, alpha = rgba[:, :3], rgba[:, 3:]
         variant = (uniform(size) * pool.captions.shape[1]).long()
-        ids = pool.captions[pool.subjects[views], variant]
+        is_named = uniform(size) < self.config.view_word_probability
+        ending = torch.where(is_named, pool.view_words[views], 0)
+        ids = pool.captions[pool.assets[views], variant, ending]
         # The views are in random order, so recolouring the first few is recolouring random ones.
         num_recoloured = round(self.config.recolour_probability * size)
         if num_recoloured:
             first = views[:num_recoloured]
-            repainted, repainted_ids = self._recoloured(first, rgb[:num_recoloured])
+            repainted, repainted_ids = self._recoloured(first, rgb[:num_recoloured], ending[:num_recoloured])
             is_done = pool.can_recolour[first]
             repainted = torch.where(is_done[:, None, None, None], repainted, rgb[:num_recoloured])
             repainted_ids = torch.where(is_done[:, None], repainted_ids, ids[:num_recoloured])
@@ -286,7 +303,7 @@ class ViewSampler:
     def _uniform(self, *shape: int) -> Tensor:
         return torch.rand(*shape, device=self.pool.images.device, generator=self._generator)
 
-    def _recoloured(self, views: Tensor, rgb: Tensor) -> tuple[Tensor, Tensor]:
+    def _recoloured(self, views: Tensor, rgb: Tensor, ending: Tensor) -> tuple[Tensor, Tensor]:
         """`rgb` [B, 3, H, W] with its main material in a random named colour, and captions that say so."""
         pool, size = self.pool, views.shape[0]
         word = (self._uniform(size) * pool.colour_targets.shape[0]).long()
@@ -295,7 +312,7 @@ class ViewSampler:
         target = (pool.colour_targets[word, shade] + jitter).clamp(0, 1)
         mask = pool.main_masks[views][:, None].float() / 255.0
         variant = (self._uniform(size) * pool.recoloured_captions.shape[2]).long()
-        ids = pool.recoloured_captions[pool.subjects[views], word, variant]
+        ids = pool.recoloured_captions[pool.assets[views], word, variant, ending]
         return recolour(rgb, mask, pool.main_colours[views], target), ids
 
 
