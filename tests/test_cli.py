@@ -233,7 +233,7 @@ def test_resume_takes_the_settings_of_its_run(
     [
         (UsageError("no such thing; do that"), 2, "uni3d: error: no such thing; do that\n"),
         (MissingWeightsError("no weights"), 3, "uni3d: error: no weights\n"),
-        (Interrupted("saved; resume", signal_number=15), 143, "uni3d: error: saved; resume\n"),
+        (Interrupted("saved; resume", signal_number=15), 143, "uni3d: saved; resume\n"),
         (KeyboardInterrupt(), 130, "uni3d: interrupted\n"),
         (OSError(28, "No space left on device", "x/mesh.glb"), 1, "'x/mesh.glb': No space left on device\n"),
         (MemoryError(), 1, "uni3d: error: out of memory; lower"),

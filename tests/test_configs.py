@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from uni3d.config import TextTo3DConfig
 from uni3d.config_loader import config_to_dict, config_to_yaml, load_config
@@ -228,3 +230,17 @@ def test_resources_are_found_in_a_checkout_and_in_a_wheel(tmp_path: Path) -> Non
     (package.parent / "configs").mkdir()
     (package.parent / "configs" / "a.yaml").touch()
     assert resource_path("configs/a.yaml", package=package) == package.parent / "configs" / "a.yaml"
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_damage_to_a_file_is_more_than_one_sentence(tmp_path: Path, data: st.DataObject) -> None:
+    """Shipped text with a piece replaced by arbitrary bytes is read or refused, never anything else."""
+    whole = (CONFIGS / "text_to_3d.yaml").read_bytes()
+    start = data.draw(st.integers(0, len(whole)))
+    end = data.draw(st.integers(start, min(len(whole), start + 40)))
+    file = write(tmp_path, whole[:start] + data.draw(st.binary(max_size=20)) + whole[end:])
+    try:
+        assert isinstance(load_config(file, TextTo3DConfig()), TextTo3DConfig)
+    except ConfigError as error:
+        assert "\n" not in str(error) and "my.yaml" in str(error)

@@ -20,7 +20,7 @@ from typing import TextIO
 
 import uni3d
 from uni3d.config_values import suggestion
-from uni3d.errors import Uni3DError, UsageError
+from uni3d.errors import Interrupted, Uni3DError, UsageError
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except Uni3DError as error:
-            _complain(f"error: {error}", is_debug)
+            prefix = "" if isinstance(error, Interrupted) else "error: "
+            _complain(f"{prefix}{error}", is_debug)
             return error.exit_code
         except MemoryError:
             _complain("error: out of memory; lower --mesh.resolution, --field.* or --renderer.*", is_debug)
