@@ -110,7 +110,7 @@ def draw(world: World, theta: Tensor, sigma: float, num: int) -> Sample:
     """Nodes for E over component, z and eps, with x0 attached to theta and the networks frozen at theta.
 
     (z, eps) is rotated so that x_t depends on the first half of the coordinates only. The integrand is a
-    polynomial of low degree in the others, for which three nodes are exact; many are spent only where they count.
+    polynomial of low degree in the others, for which three nodes are exact; many go only where they count.
     """
     frozen = world.student(theta.detach())
     rules = [hermite(num)] * world.dim + [hermite(3)] * world.dim
@@ -295,7 +295,7 @@ def test_detaching_the_ratio_is_biased(at_one_level: tuple[World, Tensor, Sample
         if name == RATIO_FREE:
             assert bias(gradient, truth[name]) < 1e-4
         else:
-            assert bias(gradient, truth[name]) > 0.02, name
+            assert bias(gradient, truth[name]) > 0.05, name
 
 
 def test_published_form_is_biased_even_after_rescaling(

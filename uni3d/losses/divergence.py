@@ -11,9 +11,9 @@ exponentials and sigmoids: no ratio is ever formed and then divided.
 
 **Clamping.** `log_ratio` is clamped to [-30, 30] in float32 (half precision is widened to float32 first) and
 to [-300, 300] in float64, `ratio` to the exponentials of these; the largest power taken is r^2, so that
-neither a value nor a gradient overflows. Beyond the limit the value is constant and the gradient zero;
-infinities are clamped as well. NaN stays NaN. Training uses a far tighter limit
-(`discriminator.log_ratio_from_logits`); this one is about arithmetic.
+neither a value nor a gradient overflows (a gradient that goes back to a float16 input ends at 65504). Beyond
+the limit the value is constant and the gradient zero; infinities are clamped as well. NaN stays NaN. Training
+uses a far tighter limit (`discriminator.log_ratio_from_logits`); this one is about arithmetic.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,27 @@ LOG_RATIO_LIMIT = {torch.float32: 30.0, torch.float64: 300.0}
 _Function = Callable[[Tensor], Tensor]
 
 
+class _FromFloat16(torch.autograd.Function):
+    """float16 to float32, with a gradient that ends at float16's largest number: e^30 is beyond it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.float()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        largest = torch.finfo(torch.float16).max
+        return grad_outputs[0].clamp(-largest, largest).to(torch.float16)
+
+
+def widen_ratio(ratio: Tensor) -> Tensor:
+    """A ratio or log ratio (any shape and dtype) in float32 or better; its gradient fits its dtype."""
+    return _FromFloat16.apply(ratio) if ratio.dtype == torch.float16 else at_least_float32(ratio)
+
+
 def clamp_log_ratio(log_ratio: Tensor) -> Tensor:
     """`log_ratio` (any shape and dtype) in float32 or better, within `LOG_RATIO_LIMIT` of its dtype."""
-    wide = at_least_float32(log_ratio)
+    wide = widen_ratio(log_ratio)
     limit = LOG_RATIO_LIMIT[wide.dtype]
     return wide.clamp(-limit, limit)
 
@@ -62,7 +81,7 @@ class Divergence:
 
     def f(self, ratio: Tensor) -> Tensor:
         """f(r) for r >= 0, clamped as the module says (so f(0) is f at the smallest ratio, not infinity)."""
-        wide = at_least_float32(ratio)
+        wide = widen_ratio(ratio)
         limit = LOG_RATIO_LIMIT[wide.dtype]
         return self._f(wide.clamp(math.exp(-limit), math.exp(limit)))
 

@@ -262,4 +262,4 @@ def _log_ratio(log_ratio: Tensor | None, f: Divergence, x0: Tensor) -> Tensor:
         raise ValueError(
             f"{f.name} weighs samples by the density ratio, but log_ratio is None: pass log r, shape [B]"
         )
-    return per_sample(log_ratio, x0, "log_ratio")
+    return per_sample(divergences.widen_ratio(log_ratio), x0, "log_ratio")
