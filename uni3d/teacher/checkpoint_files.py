@@ -77,7 +77,7 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     try:
         return json.loads((source / STATE_NAME).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"{source / STATE_NAME} is damaged ({error}); delete {source} to start again") from error
+        raise UsageError(f"{source / STATE_NAME} is damaged ({error}); delete {source}") from error
 
 
 def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -92,14 +92,15 @@ def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
             tensors.update(load_file(source / name))
         except (OSError, SafetensorError) as error:
             raise UsageError(
-                f"checkpoint file {source / name} is missing or damaged ({error}); delete {source} to start again"
+                f"checkpoint file {source / name} is missing or damaged ({error}); delete {source}"
             ) from error
     return tensors
 
 
 def _existing(folder: Path) -> Path | None:
     """`folder`, or the one it was about to replace when a crash fell between the two renames."""
-    for candidate in (folder, folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")):
+    others = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
+    for candidate in (folder, *others):
         if (candidate / STATE_NAME).is_file():
             return candidate
     return None

@@ -138,9 +138,7 @@ class LatentPool:
             return entries
         device = entries.latents.device
         chosen = torch.randint(num, (self.batch_size,), device=device, generator=self._generator)
-        return LatentBatch(
-            entries.latents[chosen], entries.token_ids[chosen], entries.conditioning[chosen]
-        )
+        return LatentBatch(entries.latents[chosen], entries.token_ids[chosen], entries.conditioning[chosen])
 
     @torch.no_grad()
     def _encode(self, step: int) -> None:

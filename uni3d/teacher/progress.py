@@ -93,8 +93,8 @@ class LossLog:
         loss = float(self._total) / self._num
         if not math.isfinite(loss):
             raise TrainingDiverged(
-                f"the {self.phase} loss became {loss} before step {step}; resume from the last checkpoint with a "
-                "lower learning_rate"
+                f"the {self.phase} loss became {loss} before step {step}; resume from the last "
+                "checkpoint with a lower learning_rate"
             )
         seconds = max(1e-9, time.monotonic() - self._since_s)
         speed = self._num * self.batch_size / seconds

@@ -62,7 +62,7 @@ def publish_teacher(
     """
     state = read_state(compact_folder)
     if state is None:
-        raise UsageError(f"{compact_folder} holds no compact checkpoint; train first with `uni3d teacher train`")
+        raise UsageError(f"{compact_folder} holds no compact checkpoint; run `uni3d teacher train` first")
     tensors = read_tensors(compact_folder)
     autoencoder_config = AutoencoderConfig(**_as_tuples(state["config"]["autoencoder"]))
     denoiser_config = DenoiserConfig(**_as_tuples(state["config"]["denoiser"]))
@@ -108,11 +108,11 @@ def _load(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
         network.load_state_dict({own[key]: tensor for key, tensor in chosen.items()}, strict=False)
     except (KeyError, RuntimeError) as error:
         raise UsageError(
-            f"the {name} weights do not fit their configuration ({error}); publish with the version that trained"
+            f"the {name} weights do not fit their configuration ({error}); use the version that trained"
         ) from error
     missing = sorted(own.keys() - chosen.keys())
     if missing:
-        raise UsageError(f"the checkpoint lacks {len(missing)} {name} weights ({missing[0]}, ...); train again")
+        raise UsageError(f"the checkpoint lacks {name} weights ({missing[0]}, ...); train again")
 
 
 def _finish_text_encoder(text_encoder: nn.Module, folder: Path) -> None:
@@ -177,8 +177,8 @@ def model_card(state: Mapping[str, Any], networks: Mapping[str, nn.Module], note
         "# Embedded teacher of uni3d",
         "",
         f"A small latent diffusion model of single objects, {size}x{size} pixels, in the layout of Stable",
-        "Diffusion. It guides text-to-3D on machines that hold no larger model, and nothing else: it draws only",
-        f"what it was shown, {len(nouns)} kinds of objects in {len(vocabulary['colours'])} colours.",
+        "Diffusion. It guides text-to-3D on machines that hold no larger model, and nothing else: it",
+        f"draws only the {len(nouns)} kinds of objects that it was shown.",
         "",
         "## Parts",
         "",
@@ -186,15 +186,16 @@ def model_card(state: Mapping[str, Any], networks: Mapping[str, nn.Module], note
         "| --- | --- |",
         *(f"| {name} | {_millions(network)} |" for name, network in networks.items()),
         "",
-        "Weights are half precision. The denoiser predicts v on Stable Diffusion's noise schedule. The camera",
-        "token replaces the last of the prompt's context tokens; without it the view words do its work",
+        "Weights are half precision. The denoiser predicts v on Stable Diffusion's noise schedule. The",
+        "camera token replaces the last of the prompt's context tokens; without it view words do its work",
         '("a red chair, front view"; front, side, back, overhead).',
         "",
         "## Training",
         "",
         f"{denoiser['steps']:,} denoiser steps, {denoiser['images_seen']:,} images seen; {minutes} of",
         f"autoencoder training, on one {denoiser['device']}.",
-        f"Autoencoder on {autoencoder.get('measured_on', 'training views')}: {autoencoder['psnr_db']:.1f} dB PSNR,",
+        f"Autoencoder on {autoencoder.get('measured_on', 'training views')}:",
+        f"{autoencoder['psnr_db']:.1f} dB PSNR,",
         f"mean chroma error {autoencoder['chroma_error_levels']:.1f} of 255 levels.",
         "",
         "## Vocabulary",

@@ -160,7 +160,8 @@ def _sample_batch(
     context = _context(modules, prompts, cameras)
     is_guided = guidance_scale != 1.0
     if is_guided:
-        negative = _context(modules, [negative_prompt] * len(prompts), cameras if camera_in_negative else None)
+        negative_cameras = cameras if camera_in_negative else None
+        negative = _context(modules, [negative_prompt] * len(prompts), negative_cameras)
         context = torch.cat([negative, context])
     stepper = _stepper(scheduler)
     stepper.set_timesteps(num_steps, device=weight.device)
@@ -215,7 +216,8 @@ def sample_grid(
     for view in views:
         cameras = None
         if view.azimuth_deg is not None:
-            cameras = Cameras.from_lists([view.azimuth_deg] * len(prompts), [view.elevation_deg] * len(prompts))
+            num = len(prompts)
+            cameras = Cameras.from_lists([view.azimuth_deg] * num, [view.elevation_deg] * num)
         images = sample_views(
             modules,
             [f"{prompt}, {view.word} view" for prompt in prompts],

@@ -1,4 +1,4 @@
-"""Settings of the embedded teacher's training, as plain data: no torch, nothing of the project is imported here.
+"""Settings of the embedded teacher's training, as plain data: neither torch nor the project is imported.
 
 Every field is a key of `configs/teacher.yaml`. Minutes are wall-clock minutes of training, in all leases
 together; a schedule is driven by minutes where `planned_minutes` is set and by steps where it is not.

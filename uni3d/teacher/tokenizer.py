@@ -7,9 +7,11 @@ any other text is still representable because every byte is in the vocabulary.
 
 from __future__ import annotations
 
-import json
+import heapq
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,30 +40,68 @@ def train_tokenizer(words: Sequence[str], *, context_length: int = 32) -> CLIPTo
     The start token is the last but one id and the end token, which also pads, the last id: CLIPTextModel
     takes its pooled output at the first end token. Raises ValueError when `words` is empty.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
     if not words:
         raise ValueError("a tokenizer needs at least one known word")
-    learner = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix=_WORD_END))
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    cutter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    spelled = [cutter.pre_tokenize_str(word.lower())[0][0] for word in sorted(set(words))]
+    merges = learn_merges([[*letters[:-1], letters[-1] + _WORD_END] for letters in spelled])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner.train_from_iterator(
-        [word.lower() for word in words],
-        trainers.BpeTrainer(
-            vocab_size=1_000_000,  # never reached: merging stops when every word is one token
-            min_frequency=0,
-            show_progress=False,
-            initial_alphabet=alphabet,
-            end_of_word_suffix=_WORD_END,
-            continuing_subword_prefix="",
-        ),
-    )
-    model = json.loads(learner.to_str())["model"]
-    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
     tokens = [*alphabet, *(symbol + _WORD_END for symbol in alphabet), *("".join(pair) for pair in merges)]
-    vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*tokens, START_TOKEN, END_TOKEN]))}
+    distinct = dict.fromkeys([*tokens, START_TOKEN, END_TOKEN])
+    vocabulary = {token: index for index, token in enumerate(distinct)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context_length)
+
+
+def learn_merges(words: list[list[str]]) -> list[tuple[str, str]]:
+    """Byte-pair merges, most frequent pair first, until each of `words` (lists of symbols) is one symbol.
+
+    Ties go to the pair that comes first in the alphabet. The trainer of the tokenizers library breaks them
+    differently from one process to the next, which would give equal runs different token ids.
+    """
+    words = [list(word) for word in words]
+    counts: Counter[tuple[str, str]] = Counter()
+    holders: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for index, word in enumerate(words):
+        for pair in pairwise(word):
+            counts[pair] += 1
+            holders[pair].add(index)
+    queue = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(queue)
+    merges: list[tuple[str, str]] = []
+    while queue:
+        negative, pair = heapq.heappop(queue)
+        if counts[pair] != -negative or not negative:
+            continue  # an outdated entry: the pair was counted anew since
+        merges.append(pair)
+        touched: set[tuple[str, str]] = set()
+        for index in sorted(holders.pop(pair)):
+            before, after = words[index], _merged(words[index], pair)
+            if len(after) == len(before):
+                continue
+            counts.subtract(pairwise(before))
+            counts.update(pairwise(after))
+            for changed in (*pairwise(before), *pairwise(after)):
+                touched.add(changed)
+                holders[changed].add(index)
+            words[index] = after
+        for changed in touched:
+            if counts[changed] > 0:
+                heapq.heappush(queue, (-counts[changed], changed))
+    return merges
+
+
+def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    """`word` with every occurrence of `pair`, from left to right, joined into one symbol."""
+    result: list[str] = []
+    for symbol in word:
+        if result and (result[-1], symbol) == pair:
+            result[-1] += symbol
+        else:
+            result.append(symbol)
+    return result
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> np.ndarray:
@@ -74,8 +114,9 @@ def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> np.ndarray:
         raise ValueError(f"{len(tokenizer)} tokens do not fit 16-bit ids; use fewer known words")
     length = tokenizer.model_max_length
     pieces: dict[str, list[int]] = {}
-    rows = np.full((len(texts), length), tokenizer.pad_token_id, dtype=np.int16)
-    rows[:, 0] = tokenizer.bos_token_id
+    start, end, pad = special_ids(tokenizer)
+    rows = np.full((len(texts), length), pad, dtype=np.int16)
+    rows[:, 0] = start
     for row, text in zip(rows, texts, strict=True):
         ids: list[int] = []
         for piece in text.split():
@@ -84,8 +125,13 @@ def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> np.ndarray:
             ids += pieces[piece]
         ids = ids[: length - 2]
         row[1 : 1 + len(ids)] = ids
-        row[1 + len(ids)] = tokenizer.eos_token_id
+        row[1 + len(ids)] = end
     return rows
+
+
+def special_ids(tokenizer: CLIPTokenizer) -> tuple[int, int, int]:
+    """The ids of the start, end and padding token."""
+    return tuple(tokenizer.convert_tokens_to_ids([START_TOKEN, END_TOKEN, str(tokenizer.pad_token)]))  # type: ignore[return-value]
 
 
 def is_known(tokenizer: CLIPTokenizer, word: str) -> bool:

@@ -11,12 +11,15 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch import _foreach_add_ as add_each_  # pyright: ignore[reportPrivateImportUsage]
+from torch import _foreach_copy_ as copy_each_  # pyright: ignore[reportPrivateImportUsage]
+from torch import _foreach_lerp_ as lerp_each_  # pyright: ignore[reportPrivateImportUsage]
 
 from uni3d.errors import UsageError
 
 
 def cast_network(network: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Move `network` in place. Module.to itself: diffusers' own warns of modules that want float32, here none."""
+    """Move `network` in place by Module.to itself: diffusers' own warns of modules that want float32."""
     nn.Module.to(network, device=device, dtype=dtype)
 
 
@@ -76,13 +79,14 @@ class Trainable:
         if not self.is_mixed:
             return
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        if self.masters[0].grad is None:
-            for master, gradient in zip(self.masters, gradients, strict=True):
-                master.grad = torch.empty_like(master)
-            torch._foreach_copy_([master.grad for master in self.masters], gradients)
+        collected = [master.grad for master in self.masters if master.grad is not None]
+        if collected:
+            add_each_(collected, [gradient.float() for gradient in gradients])
         else:
-            lifted = [gradient.float() for gradient in gradients]
-            torch._foreach_add_([master.grad for master in self.masters], lifted)
+            collected = [torch.empty_like(master) for master in self.masters]
+            copy_each_(collected, gradients)
+            for master, gradient in zip(self.masters, collected, strict=True):
+                master.grad = gradient
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -100,7 +104,7 @@ class Trainable:
     def update_average(self, decay: float) -> None:
         """Move the average towards the masters: average = decay * average + (1 - decay) * master."""
         if self.average is not None:
-            torch._foreach_lerp_(self.average, [master.detach() for master in self.masters], 1.0 - decay)
+            lerp_each_(self.average, [master.detach() for master in self.masters], 1.0 - decay)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -110,7 +114,7 @@ class Trainable:
             return
         kept = None if self.is_mixed else [master.detach().clone() for master in self.masters]
         with torch.no_grad():
-            torch._foreach_copy_([p.detach() for p in self.parameters], self.average)
+            copy_each_([p.detach() for p in self.parameters], self.average)
         try:
             yield
         finally:
@@ -118,17 +122,17 @@ class Trainable:
                 self._publish_masters()
             else:
                 with torch.no_grad():
-                    torch._foreach_copy_([p.detach() for p in self.parameters], kept)
+                    copy_each_([p.detach() for p in self.parameters], kept)
 
     @torch.no_grad()
     def _publish_masters(self) -> None:
         if self.is_mixed:
-            torch._foreach_copy_([p.detach() for p in self.parameters], [m.detach() for m in self.masters])
+            copy_each_([p.detach() for p in self.parameters], [m.detach() for m in self.masters])
 
     # ------------------------------------------------------------------ state
 
     def weights(self, *, averaged: bool) -> dict[str, Tensor]:
-        """Weights by name ("network.parameter"), float32: the average when asked for and kept, else the masters."""
+        """Float32 weights by name ("network.parameter"): the average if asked for and kept, or masters."""
         source = self.average if averaged and self.average is not None else self.masters
         return {name: tensor.detach() for name, tensor in zip(self.names, source, strict=True)}
 

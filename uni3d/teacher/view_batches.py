@@ -1,4 +1,4 @@
-"""Training batches assembled where the views live: gathered, recoloured, composited and mirrored on the device.
+"""Training batches assembled where the views live: gathered, recoloured, composited, mirrored.
 
 All views stay on the device as 8-bit RGBA, and every caption that the loop may need is tokenised beforehand,
 so that the training loop neither copies images nor waits for the CPU.
@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ _MIN_RECOLOUR_SHARE = 0.004
 
 @dataclass(frozen=True)
 class CaptionTexts:
-    """All captions the training may use, without view words: per asset, as it is and with another main colour."""
+    """All captions of a training run without view words: assets as they are and with another main colour."""
 
     asset_of_view: np.ndarray
     """Index of each view's asset, int64 [N]."""
@@ -155,7 +155,7 @@ def build_view_pool(
     """Put the views, their captions and sampling weights on `device`. Raises UsageError without views."""
     records = views.records
     if not records:
-        raise UsageError("no views to train on were found; run `uni3d teacher render` first or check data.roles")
+        raise UsageError("no views to train on; run `uni3d teacher render` first or check data.roles")
     main_masks = torch.as_tensor(views.main_masks)
     # In chunks: the masks of a whole set as floats would not fit.
     share = torch.cat([chunk.float().mean(dim=(1, 2)) for chunk in main_masks.split(4096)]) / 255.0
@@ -308,8 +308,9 @@ class ViewSampler:
         pool, size = self.pool, views.shape[0]
         word = (self._uniform(size) * pool.colour_targets.shape[0]).long()
         shade = (self._uniform(size) * pool.colour_counts[word]).long()
-        jitter = torch.randn(size, 3, device=rgb.device, generator=self._generator) * self.config.recolour_jitter
-        target = (pool.colour_targets[word, shade] + jitter).clamp(0, 1)
+        jitter = torch.randn(size, 3, device=rgb.device, generator=self._generator)
+        target = pool.colour_targets[word, shade] + self.config.recolour_jitter * jitter
+        target = target.clamp(0, 1)
         mask = pool.main_masks[views][:, None].float() / 255.0
         variant = (self._uniform(size) * pool.recoloured_captions.shape[2]).long()
         ids = pool.recoloured_captions[pool.assets[views], word, variant, ending]
@@ -344,7 +345,7 @@ def random_backgrounds(
 
 
 def mix_seeds(seed: int, index: int) -> int:
-    """One 63-bit seed from two integers (splitmix64 finaliser), so that neighbouring streams share nothing."""
+    """One 63-bit seed from two integers (splitmix64 finaliser): neighbouring streams share nothing."""
     mask = (1 << 64) - 1
     value = (seed * 0x9E3779B97F4A7C15 + index * 0xD1342543DE82EF95 + 0x632BE59BD9B4E019) & mask
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask

@@ -1,0 +1,325 @@
+"""Phase 2 of a teacher's training: UNet, text encoder and camera token together."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import time
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from uni3d.diffusion.camera_token import CameraToken
+from uni3d.errors import Interrupted
+from uni3d.teacher.checkpoint_files import read_state, read_tensors, write_checkpoint
+from uni3d.teacher.denoiser import (
+    DenoiserLoss,
+    LatentBatch,
+    LatentPool,
+    average_decay,
+    build_text_encoder,
+    build_unet,
+    learning_rate,
+)
+from uni3d.teacher.progress import LossLog, PhaseClock
+from uni3d.teacher.publish import tokenizer_text
+from uni3d.teacher.sampling import TeacherModules, sample_grid
+from uni3d.teacher.session import (
+    STREAM_LATENTS,
+    STREAM_NOISE,
+    STREAM_POOL,
+    Resume,
+    Session,
+    choose_device,
+)
+from uni3d.teacher.settings import DenoiserConfig, TeacherConfig
+from uni3d.teacher.tokenizer import token_ids
+from uni3d.teacher.trainable import Trainable, cast_network
+from uni3d.teacher.view_batches import ViewSampler, mix_seeds
+
+logger = logging.getLogger(__name__)
+
+
+def denoiser_phase(
+    session: Session, autoencoder: AutoencoderKL, autoencoder_metrics: dict[str, Any], resume: Resume
+) -> tuple[bool, int, dict[str, Any]]:
+    """Train UNet, text encoder and camera token; (finished?, steps, metrics)."""
+    config, device = session.config, session.device
+    is_compiled = config.denoiser.compile and device.type == "cuda"
+    torch.manual_seed(mix_seeds(config.seed, 7))
+    networks = {
+        "unet": build_unet(config.denoiser, config.autoencoder),
+        "text_encoder": build_text_encoder(config.denoiser, session.tokenizer),
+        "camera_token": CameraToken(config.denoiser.context_dim),
+    }
+    trainable = Trainable(
+        networks,
+        device=device,
+        compute_dtype=session.compute_dtype,
+        weight_decay=config.denoiser.weight_decay,
+        channels_last=is_compiled,
+        averaged=True,
+    )
+    checkpoint, compact = session.output / "checkpoints" / "denoiser", session.output / "compact"
+    step, elapsed_s, restarted_at = 0, 0.0, None
+    full_state = read_state(checkpoint) if resume in ("auto", "full") else None
+    compact_state = read_state(compact) if resume in ("auto", "compact") else None
+    if full_state is not None:
+        trainable.load_full_state(read_tensors(checkpoint))
+        step, elapsed_s = int(full_state["step"]), float(full_state["elapsed_s"])
+        restarted_at = full_state.get("restarted_at")
+    elif compact_state is not None:
+        trainable.load_weights(read_tensors(compact))
+        step, elapsed_s = int(compact_state["step"]), float(compact_state["elapsed_s"])
+        restarted_at = step
+    logger.info("denoiser: %.2f M parameters, from step %d", trainable.num_parameters / 1e6, step)
+    clock = PhaseClock(
+        planned_minutes=config.denoiser.planned_minutes,
+        planned_steps=config.denoiser.planned_steps,
+        elapsed_s=elapsed_s,
+        deadline_s=session.deadline_s,
+    )
+    metrics: dict[str, Any] = {"autoencoder": autoencoder_metrics}
+    frozen = copy.deepcopy(autoencoder)
+    cast_network(frozen, device=device, dtype=session.compute_dtype)
+
+    def save(step: int, *, last_loss: float | None) -> None:
+        base = {
+            "step": step,
+            "elapsed_s": round(clock.elapsed_s, 3),
+            "restarted_at": restarted_at,
+            "config": dataclasses.asdict(config),
+        }
+        write_checkpoint(checkpoint, trainable.full_state(), base, max_file_mib=config.max_file_mib)
+        metrics["denoiser"] = {
+            "steps": step,
+            "images_seen": step * config.denoiser.batch_size,
+            "training_minutes": round(clock.elapsed_s / 60, 2),
+            "loss": last_loss,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        }
+        weights = {f"vae.{name}": tensor for name, tensor in autoencoder.state_dict().items()}
+        weights.update(trainable.weights(averaged=True))
+        extra = {
+            "autoencoder_metrics": autoencoder_metrics,
+            "metrics": metrics,
+            "vocabulary": session.vocabulary,
+            "tokenizer": tokenizer_text(session.tokenizer),
+        }
+        write_checkpoint(
+            compact, weights, {**base, **extra}, dtype=torch.float16, max_file_mib=config.max_file_mib
+        )
+
+    def grid(step: int) -> None:
+        for network in networks.values():
+            network.eval()
+        modules = TeacherModules(
+            autoencoder=frozen,
+            unet=networks["unet"],  # type: ignore[arg-type]
+            text_encoder=networks["text_encoder"],  # type: ignore[arg-type]
+            camera_token=networks["camera_token"],  # type: ignore[arg-type]
+            tokenizer=session.tokenizer,
+        )
+        with trainable.averaged_weights():
+            path = sample_grid(
+                modules,
+                config.grid_prompts,
+                session.output / "grids" / f"step_{step:07d}.png",
+                guidance_scale=config.guidance_scale,
+                num_steps=config.num_sampling_steps,
+                seed=config.seed,
+            )
+        for network in networks.values():
+            network.train()
+        logger.info("sample grid %s", path)
+
+    is_finished, step = _train_denoiser(
+        session, trainable, frozen, clock, first_step=step, restarted_at=restarted_at, save=save, grid=grid
+    )
+    return is_finished, step, metrics
+
+
+def _train_denoiser(
+    session: Session,
+    trainable: Trainable,
+    encoder: AutoencoderKL,
+    clock: PhaseClock,
+    *,
+    first_step: int,
+    restarted_at: int | None,
+    save: Any,
+    grid: Any,
+) -> tuple[bool, int]:
+    """Train until the phase is over or the session's time is up; (finished?, steps done)."""
+    config, device, seed = session.config.denoiser, session.device, session.config.seed
+    sampler = ViewSampler(session.pool, session.config.data, seed=mix_seeds(seed, STREAM_LATENTS))
+    parts = max(1, config.accumulate_steps)
+    latents = LatentPool(
+        encoder,
+        sampler,
+        batch_size=config.batch_size,
+        reuse=config.latent_reuse,
+        size=config.latent_pool if config.latent_reuse > 1 else config.batch_size,
+        seed=mix_seeds(seed, STREAM_POOL),
+    )
+    latents.fill(first_step)
+    empty_ids = torch.from_numpy(token_ids(session.tokenizer, [""]))[0].long()
+    loss_of = denoiser_loss_module(
+        trainable, empty_ids=empty_ids, config=config, seed=mix_seeds(seed, STREAM_NOISE), device=device
+    )
+    log = LossLog(
+        "denoiser",
+        batch_size=config.batch_size,
+        every_s=session.config.log_every_s,
+        metrics_path=session.output / "metrics.jsonl",
+    )
+    begun_s = saved_s = drawn_s = time.monotonic()
+    step, rate = first_step, 0.0
+    while (progress := clock.progress(step)) < 1:
+        batch = latents.batch(step)
+        loss = accumulate_gradients(trainable, loss_of, batch, step=step, parts=parts)
+        rate = learning_rate(
+            config,
+            progress=progress,
+            step=step,
+            steps_since_restart=None if restarted_at is None else step - restarted_at,
+        )
+        trainable.step(learning_rate=rate, gradient_clip=config.gradient_clip)
+        trainable.update_average(average_decay(config, step))
+        log.add(loss)
+        step += 1
+        if step == first_step + 1:
+            log.pause()
+            clock.restart()
+            logger.info("first step done after %.0f s%s", time.monotonic() - begun_s, _memory_text(device))
+        elif log.is_due:
+            log.report(
+                step=step, elapsed_s=clock.elapsed_s, progress=clock.progress(step), learning_rate=rate
+            )
+        now_s = time.monotonic()
+        is_leaving = session.stop.is_set or clock.is_out_of_time
+        if is_leaving or now_s - saved_s > session.config.checkpoint_every_minutes * 60:
+            save(step, last_loss=log.last_loss)
+            saved_s = time.monotonic()
+            session.stop_if_asked("denoiser", step)
+            if is_leaving:
+                grid(step)
+                return False, step
+            log.pause()
+        if 0 < session.config.grid_every_minutes * 60 < now_s - drawn_s:
+            grid(step)
+            drawn_s = time.monotonic()
+            log.pause()
+    log.report(step=step, elapsed_s=clock.elapsed_s, progress=1.0, learning_rate=rate)
+    save(step, last_loss=log.last_loss)
+    grid(step)
+    return True, step
+
+
+def denoiser_loss_module(
+    trainable: Trainable, *, empty_ids: Tensor, config: DenoiserConfig, seed: int, device: torch.device
+) -> DenoiserLoss:
+    """The loss over the networks of `trainable`, with the UNet compiled where that is asked for."""
+    unet: Any = trainable.networks["unet"]
+    is_compiled = config.compile and device.type == "cuda"
+    return DenoiserLoss(
+        torch.compile(unet, dynamic=False) if is_compiled else unet,
+        trainable.networks["text_encoder"],  # type: ignore[arg-type]
+        trainable.networks["camera_token"],  # type: ignore[arg-type]
+        empty_ids=empty_ids,
+        config=config,
+        seed=seed,
+        device=device,
+    )
+
+
+def accumulate_gradients(
+    trainable: Trainable, loss_of: DenoiserLoss, batch: LatentBatch, *, step: int, parts: int
+) -> Tensor:
+    """Gradients of the mean loss over `batch`, taken in `parts` equal parts; returns that loss, detached.
+
+    When a compiled UNet fails (no compiler, an unsupported operation) the plain one takes over.
+    """
+    size = batch.latents.shape[0] // parts
+    total: Tensor | None = None
+    for part in range(parts):
+        chosen = slice(part * size, (part + 1) * size)
+        piece = LatentBatch(batch.latents[chosen], batch.token_ids[chosen], batch.conditioning[chosen])
+        try:
+            loss = loss_of(piece, noise_index=step * parts + part) / parts
+            loss.backward()
+        except Exception as error:
+            plain = trainable.networks["unet"]
+            if loss_of.unet is plain or isinstance(error, torch.OutOfMemoryError | Interrupted):
+                raise
+            logger.warning("torch.compile failed (%s); going on without it", str(error).splitlines()[0])
+            loss_of.unet = plain
+            for parameter in trainable.parameters:
+                parameter.grad = None
+            loss = loss_of(piece, noise_index=step * parts + part) / parts
+            loss.backward()
+        trainable.collect_gradients()
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+    return total
+
+
+def compile_ahead(config: TeacherConfig, *, vocabulary_size: int = 2000) -> float:
+    """Run two denoiser steps on noise so that torch's compile cache holds the UNet; returns the seconds.
+
+    Compiling is work for the CPU: run this in a second process while the autoencoder trains, and the denoiser
+    starts within seconds.
+    """
+    started_s = time.monotonic()
+    device = choose_device(config.device)
+    torch.set_float32_matmul_precision("high")
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    settings = config.denoiser
+    text = CLIPTextConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=settings.context_dim,
+        intermediate_size=4 * settings.context_dim,
+        num_hidden_layers=1,
+        num_attention_heads=settings.text_heads,
+        max_position_embeddings=settings.context_length,
+        bos_token_id=vocabulary_size - 2,
+        eos_token_id=vocabulary_size - 1,
+        pad_token_id=vocabulary_size - 1,
+    )
+    unet = build_unet(settings, config.autoencoder)
+    trainable = Trainable(
+        {
+            "unet": unet,
+            "text_encoder": CLIPTextModel(text),
+            "camera_token": CameraToken(settings.context_dim),
+        },
+        device=device,
+        compute_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        weight_decay=0.0,
+        channels_last=settings.compile and device.type == "cuda",
+    )
+    ids = torch.full((settings.context_length,), vocabulary_size - 1)
+    loss_of = denoiser_loss_module(trainable, empty_ids=ids, config=settings, seed=0, device=device)
+    side = int(unet.config["sample_size"])
+    num = settings.batch_size
+    batch = LatentBatch(
+        latents=torch.randn(num, config.autoencoder.latent_channels, side, side, device=device),
+        token_ids=ids.to(device).expand(num, -1),
+        conditioning=torch.zeros(num, 5, device=device),
+    )
+    for step in range(2):
+        accumulate_gradients(trainable, loss_of, batch, step=step, parts=max(1, settings.accumulate_steps))
+        trainable.step(learning_rate=0.0, gradient_clip=1.0)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic() - started_s
+
+
+def _memory_text(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    return f", peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
