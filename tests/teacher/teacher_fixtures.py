@@ -31,8 +31,8 @@ def toy_views(num_assets: int = 12, views_per_asset: int = 4) -> Views:
                 ViewRecord(
                     asset_id=f"asset{asset:02d}", name=noun, noun=noun, category="toy", colours=(word,),
                     materials=(), tags=(), main_colour=colour, role="teacher", source="test", creator="test",
-                    licence="CC0", azimuth_deg=-180 + 360 * (view + 0.5) / views_per_asset, elevation_deg=10.0,
-                    radius=2.4, fov_y_deg=40.0,
+                    licence="CC0", azimuth_deg=-180 + 360 * (view + 0.5) / views_per_asset,
+                    elevation_deg=10.0, radius=2.4, fov_y_deg=40.0,
                 )
             )  # fmt: skip
     return Views(np.stack(images), np.stack(masks), records)

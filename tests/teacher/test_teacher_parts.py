@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -240,3 +241,21 @@ def test_gradients_of_parts_add_up() -> None:
     gradient = trainable.masters[0].grad
     assert gradient is not None and gradient.dtype == torch.float32
     assert gradient.tolist() == [[3.0, 3.0]]
+
+
+def test_the_shipped_settings_are_the_defaults() -> None:
+    from uni3d.config_loader import load_config
+    from uni3d.resources import resource_path
+    from uni3d.teacher.settings import TeacherConfig
+
+    file = resource_path("configs") / "teacher.yaml"
+    assert load_config(file, TeacherConfig()) == TeacherConfig()
+    written = set(re.findall(r"^\s*([a-z_]+):", file.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    groups = {f.name for group in ("data", "autoencoder", "denoiser") for f in _fields_of(group)}
+    assert written == groups | {field.name for field in dataclasses.fields(TeacherConfig)}
+
+
+def _fields_of(group: str) -> tuple[dataclasses.Field[object], ...]:
+    from uni3d.teacher.settings import TeacherConfig
+
+    return dataclasses.fields(getattr(TeacherConfig(), group))

@@ -48,8 +48,7 @@ class CameraToken(nn.Module):
 
     def forward(self, conditioning: Tensor) -> Tensor:
         """Token [B, 1, E] in the dtype of the weights."""
-        weight = self.network[0].weight
-        camera = conditioning.to(device=weight.device, dtype=weight.dtype)
+        camera = conditioning.to(next(self.parameters()))
         sin_azimuth, cos_azimuth = camera[:, 0:1], camera[:, 1:2]
         second = torch.cat(
             [2 * sin_azimuth * cos_azimuth, cos_azimuth.square() - sin_azimuth.square()],

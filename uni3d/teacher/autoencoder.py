@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from uni3d.teacher.settings import AutoencoderConfig
@@ -20,9 +20,9 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * num_levels,
-        up_block_types=("UpDecoderBlock2D",) * num_levels,
-        block_out_channels=config.block_out_channels,
+        down_block_types=("DownEncoderBlock2D",) * num_levels,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * num_levels,  # pyright: ignore[reportArgumentType]
+        block_out_channels=config.block_out_channels,  # pyright: ignore[reportArgumentType]
         layers_per_block=config.layers_per_block,
         latent_channels=config.latent_channels,
         norm_num_groups=config.norm_num_groups,

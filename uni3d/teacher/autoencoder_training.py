@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from uni3d.teacher.autoencoder import (
@@ -29,7 +29,7 @@ from uni3d.teacher.session import (
     Session,
     load_network,
 )
-from uni3d.teacher.trainable import Trainable
+from uni3d.teacher.trainable import Trainable, cast_network
 from uni3d.teacher.view_batches import ViewSampler, mix_seeds
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ def autoencoder_phase(session: Session, resume: Resume) -> tuple[AutoencoderKL |
         if resume != "no" and state is not None:
             weights = read_tensors(session.output / name)
             load_network(autoencoder, weights, "vae.")
-            autoencoder.to(device).eval().requires_grad_(False)
+            cast_network(autoencoder, device=device, dtype=torch.float32)
+            autoencoder.eval().requires_grad_(False)
             return autoencoder, dict(state["autoencoder_metrics"])
     checkpoint = session.output / "checkpoints" / "autoencoder"
     trainable = Trainable(
@@ -84,7 +85,8 @@ def autoencoder_phase(session: Session, resume: Resume) -> tuple[AutoencoderKL |
     if not is_finished:
         return None, {}
     training_minutes = round(clock.elapsed_s / 60, 2)
-    finished = build_autoencoder(config.autoencoder).to(device)
+    finished = build_autoencoder(config.autoencoder)
+    cast_network(finished, device=device, dtype=torch.float32)
     load_network(finished, trainable.weights(averaged=True), "vae.")
     metrics = _finish_autoencoder(session, finished)
     metrics["training_minutes"] = training_minutes

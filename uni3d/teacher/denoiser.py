@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,  # pyright: ignore[reportPrivateImportUsage]
+    DDIMScheduler,  # pyright: ignore[reportPrivateImportUsage]
+    UNet2DConditionModel,  # pyright: ignore[reportPrivateImportUsage]
+)
 from torch import Tensor, nn
 
 from uni3d.diffusion.camera_token import CameraToken, insert_camera_token
 from uni3d.teacher.settings import AutoencoderConfig, DenoiserConfig
+from uni3d.teacher.tokenizer import special_ids
 from uni3d.teacher.view_batches import ViewBatch, ViewSampler, mix_seeds
 
 if TYPE_CHECKING:
@@ -38,7 +43,7 @@ def build_unet(config: DenoiserConfig, autoencoder: AutoencoderConfig) -> UNet2D
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * num_crossed,
         cross_attention_dim=config.context_dim,
         # diffusers' historical misnomer: this argument is the number of heads.
-        attention_head_dim=config.attention_heads,
+        attention_head_dim=config.attention_heads,  # pyright: ignore[reportArgumentType]
         norm_num_groups=config.norm_num_groups,
     )
 
@@ -47,6 +52,7 @@ def build_text_encoder(config: DenoiserConfig, tokenizer: CLIPTokenizer) -> CLIP
     """An untrained CLIPTextModel for `tokenizer`."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    start, end, pad = special_ids(tokenizer)
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -56,9 +62,9 @@ def build_text_encoder(config: DenoiserConfig, tokenizer: CLIPTokenizer) -> CLIP
             num_hidden_layers=config.text_layers,
             num_attention_heads=config.text_heads,
             max_position_embeddings=config.context_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=start,
+            eos_token_id=end,
+            pad_token_id=pad,
         )
     )
 

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from uni3d.diffusion.camera_token import CameraToken

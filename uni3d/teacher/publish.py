@@ -24,6 +24,7 @@ from uni3d.teacher.autoencoder import build_autoencoder
 from uni3d.teacher.checkpoint_files import read_state, read_tensors
 from uni3d.teacher.denoiser import build_scheduler, build_text_encoder, build_unet
 from uni3d.teacher.settings import AutoencoderConfig, DenoiserConfig
+from uni3d.teacher.tokenizer import build_tokenizer
 from uni3d.teacher.trainable import cast_network
 
 if TYPE_CHECKING:
@@ -41,12 +42,10 @@ def tokenizer_text(tokenizer: CLIPTokenizer) -> str:
 
 def read_tokenizer(state: Mapping[str, Any]) -> CLIPTokenizer:
     """The tokenizer whose `tokenizer_text` is in a checkpoint's state."""
-    from transformers import CLIPTokenizer
-
     stored = json.loads(state["tokenizer"])
     model = json.loads(stored["tokenizer"])["model"]
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
-    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=int(stored["context_length"]))
+    return build_tokenizer(model["vocab"], merges, context_length=int(stored["context_length"]))
 
 
 def publish_teacher(

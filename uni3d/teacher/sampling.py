@@ -23,7 +23,10 @@ from uni3d.teacher.tokenizer import token_ids
 from uni3d.training.checkpoint import atomic_write
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,  # pyright: ignore[reportPrivateImportUsage]
+        UNet2DConditionModel,  # pyright: ignore[reportPrivateImportUsage]
+    )
     from transformers import CLIPTextModel, CLIPTokenizer
 
 
@@ -67,7 +70,10 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
 ) -> TeacherModules:
     """Read a published teacher folder. Raises MissingWeightsError when a part of it is missing."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,  # pyright: ignore[reportPrivateImportUsage]
+        UNet2DConditionModel,  # pyright: ignore[reportPrivateImportUsage]
+    )
     from transformers import CLIPTextModel, CLIPTokenizer
 
     source = Path(folder)
@@ -184,7 +190,7 @@ def _stepper(kind: Literal["dpm", "ddim"]) -> Any:
     scheduler = build_scheduler()
     if kind == "ddim":
         return scheduler
-    from diffusers import DPMSolverMultistepScheduler
+    from diffusers import DPMSolverMultistepScheduler  # pyright: ignore[reportPrivateImportUsage]
 
     return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="dpmsolver++")
 

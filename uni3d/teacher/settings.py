@@ -19,7 +19,7 @@ class TeacherDataConfig:
     limit_views: int | None = None
     """Use only so many views (a quick run); None uses all."""
     num_workers: int = 8
-    """Processes that decode the view shards."""
+    """Threads that decode the view shards."""
     heldout_assets: int = 16
     """Assets kept out of the autoencoder's training; its PSNR is measured on them."""
     balance_power: float = 0.5

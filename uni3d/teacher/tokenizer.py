@@ -12,7 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,7 +41,6 @@ def train_tokenizer(words: Sequence[str], *, context_length: int = 32) -> CLIPTo
     takes its pooled output at the first end token. Raises ValueError when `words` is empty.
     """
     from tokenizers import pre_tokenizers
-    from transformers import CLIPTokenizer
 
     if not words:
         raise ValueError("a tokenizer needs at least one known word")
@@ -52,7 +51,18 @@ def train_tokenizer(words: Sequence[str], *, context_length: int = 32) -> CLIPTo
     tokens = [*alphabet, *(symbol + _WORD_END for symbol in alphabet), *("".join(pair) for pair in merges)]
     distinct = dict.fromkeys([*tokens, START_TOKEN, END_TOKEN])
     vocabulary = {token: index for index, token in enumerate(distinct)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context_length)
+    return build_tokenizer(vocabulary, merges, context_length=context_length)
+
+
+def build_tokenizer(
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], *, context_length: int
+) -> CLIPTokenizer:
+    """The transformers class around ids by token and merges in the order they apply."""
+    from transformers import CLIPTokenizer
+
+    # The annotation wants strings; the tokenizers library takes pairs.
+    pairs: Any = merges
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=context_length)
 
 
 def learn_merges(words: list[list[str]]) -> list[tuple[str, str]]:
