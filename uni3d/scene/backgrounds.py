@@ -1,0 +1,30 @@
+"""What stands behind the object while training: a changing background leaves fog nothing to imitate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EVALUATION_GREY = 0.95  # near white; pure white would hide clipped highlights
+
+
+def random_backgrounds(num: int, *, generator: torch.Generator | None = None, light: float = 0.6) -> Tensor:
+    """Plain sRGB colours [num, 3]: with probability `light` a near-white grey in [0.85, 1], else uniform in [0, 1].
+
+    Mostly light, since that is what diffusion teachers know behind single objects.
+    """
+    grey = 0.85 + 0.15 * torch.rand(num, 1, generator=generator)
+    colour = torch.rand(num, 3, generator=generator)
+    is_light = torch.rand(num, 1, generator=generator) < light
+    return torch.where(is_light, grey.expand(num, 3), colour)
+
+
+def random_gradients(num: int, height: int, width: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """Linear gradients between two `random_backgrounds` in a random direction, images [num, 3, height, width]."""
+    first = random_backgrounds(num, generator=generator)[:, :, None, None]
+    second = random_backgrounds(num, generator=generator)[:, :, None, None]
+    angle = 2 * torch.pi * torch.rand(num, 1, 1, 1, generator=generator)
+    y = torch.linspace(-1, 1, height)[:, None]
+    x = torch.linspace(-1, 1, width)[None, :]
+    along = (angle.cos() * x + angle.sin() * y) / 2**0.5 / 2 + 0.5
+    return torch.lerp(first, second, along)
