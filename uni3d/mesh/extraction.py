@@ -21,6 +21,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from uni3d.errors import Uni3DError, UsageError
+from uni3d.mesh.manifold import separate_pinches
 from uni3d.mesh.surface import (
     Surface,
     compact,
@@ -321,12 +322,19 @@ def _polygonise(
 def _finish(
     vertices: NDArray[np.floating], faces: NDArray[np.int64], smoothing_iterations: int, max_triangles: int
 ) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
-    """Smooth, decimate, drop degenerate faces; the orientation outward."""
+    """Smooth, decimate, drop degenerate faces, make manifold; the orientation outward."""
     if smoothing_iterations > 0:
         vertices = taubin_smooth(vertices, faces, smoothing_iterations)
-    vertices, faces = decimate(vertices, faces, max_triangles)
-    # what is written is float32: faces that only exist in float64 must go now
-    vertices, faces = remove_degenerate_faces(vertices.astype(np.float32), faces)
+    dense_vertices, dense_faces, target = vertices, faces, max_triangles
+    for _ in range(4):
+        vertices, faces = decimate(dense_vertices, dense_faces, target)
+        # what is written is float32: faces that only exist in float64 must go now
+        vertices, faces = remove_degenerate_faces(vertices.astype(np.float32), faces)
+        vertices, faces = separate_pinches(vertices, faces)
+        # separating adds a few faces; the budget is a promise
+        if len(faces) <= max_triangles:
+            break
+        target -= 2 * (len(faces) - max_triangles)
     if signed_volumes(vertices, faces).sum() < 0:
         faces = np.ascontiguousarray(faces[:, ::-1])
     return compact(vertices, faces)

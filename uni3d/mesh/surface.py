@@ -154,8 +154,7 @@ def decimate(vertices: Floats, faces: Faces, max_triangles: int) -> tuple[Floats
     """Quadric edge collapse down to at most `max_triangles` (unchanged if it has no more than that)."""
     import fast_simplification
 
-    # a collapse removes two faces of a closed surface, and clean-up afterwards only removes more; the target is
-    # missed upwards only where every remaining collapse would fold the surface, then a bolder pass is taken
+    # the target is missed where the collapses that are left would fold the surface; then a bolder pass is taken
     for aggression in (5, 7, 9):
         if len(faces) <= max_triangles:
             break
