@@ -9,9 +9,10 @@ EVALUATION_GREY = 0.95  # near white; pure white would hide clipped highlights
 
 
 def random_backgrounds(num: int, *, generator: torch.Generator | None = None, light: float = 0.6) -> Tensor:
-    """Plain sRGB colours [num, 3]: with probability `light` a near-white grey in [0.85, 1], else uniform in [0, 1].
+    """Plain sRGB colours [num, 3], mostly light.
 
-    Mostly light, since that is what diffusion teachers know behind single objects.
+    With probability `light` a near-white grey in [0.85, 1], which is what diffusion teachers know behind
+    single objects; else any colour, uniform in [0, 1].
     """
     grey = 0.85 + 0.15 * torch.rand(num, 1, generator=generator)
     colour = torch.rand(num, 3, generator=generator)
@@ -19,8 +20,10 @@ def random_backgrounds(num: int, *, generator: torch.Generator | None = None, li
     return torch.where(is_light, grey.expand(num, 3), colour)
 
 
-def random_gradients(num: int, height: int, width: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """Linear gradients between two `random_backgrounds` in a random direction, images [num, 3, height, width]."""
+def random_gradients(
+    num: int, height: int, width: int, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Images [num, 3, height, width]: gradients between two `random_backgrounds` in random directions."""
     first = random_backgrounds(num, generator=generator)[:, :, None, None]
     second = random_backgrounds(num, generator=generator)[:, :, None, None]
     angle = 2 * torch.pi * torch.rand(num, 1, 1, 1, generator=generator)

@@ -33,7 +33,7 @@ def view_word(azimuth_deg: float, elevation_deg: float) -> str:
 
 @dataclass(frozen=True)
 class Cameras:
-    """A batch of orbit cameras; every field is a float32 tensor [B]. Angles in degrees, radius in scene units."""
+    """A batch of orbit cameras: float32 tensors [B], angles in degrees, radius in scene units."""
 
     azimuth_deg: Tensor
     elevation_deg: Tensor
@@ -110,7 +110,10 @@ class Cameras:
         return origins, directions
 
     def conditioning(self) -> Tensor:
-        """What a camera-conditioned network sees, float32 [B, 5]: sin, cos of azimuth and elevation, log apparent size."""
+        """What a camera-conditioned network sees, float32 [B, 5].
+
+        Sine and cosine of azimuth, then of elevation, then the logarithm of the apparent size.
+        """
         azimuth = torch.deg2rad(self.azimuth_deg)
         elevation = torch.deg2rad(self.elevation_deg)
         frame_half_height = self.radius * torch.tan(torch.deg2rad(self.fov_y_deg) / 2)
@@ -130,7 +133,7 @@ def sample_orbit_cameras(
     radius_range: tuple[float, float] = (2.1, 2.7),
     fov_y_deg: float = DEFAULT_FOV_Y_DEG,
 ) -> Cameras:
-    """Draw cameras around the object: azimuths stratified over the circle, mostly level, sometimes overhead."""
+    """Draw cameras around the object: azimuths stratified over the circle, mostly level, some overhead."""
     offset = torch.rand((), generator=generator)
     azimuth = (torch.arange(num) + offset + (torch.rand(num, generator=generator) - 0.5)) / num * 360.0
     low, high = elevation_range_deg

@@ -23,7 +23,10 @@ HASH_PRIMES = (1, 2_654_435_761, 805_459_861)  # Teschner et al. 2003, as used b
 
 @dataclass(frozen=True)
 class Corners:
-    """The eight corners around P points: flat vertex `index` int64 [P, 8] and `weight` [P, 8], each row summing to 1."""
+    """The eight corners around P points.
+
+    Flat vertex `index` int64 [P, 8], and `weight` [P, 8] whose rows sum to 1.
+    """
 
     index: Tensor
     weight: Tensor
@@ -47,7 +50,7 @@ def _corner_weights(fraction: Tensor) -> Tensor:
 
 
 def dense_corners(points: Tensor, resolution: int) -> Corners:
-    """Corners in a grid of `resolution`^3 vertices for points [P, 3] in [0, 1]^3 (clamped); x varies fastest."""
+    """Corners in a grid of `resolution`^3 vertices, x fastest, of points [P, 3] in [0, 1]^3 (clamped)."""
     cell, fraction = _cell_and_fraction(points, resolution)
     row, plane = resolution, resolution * resolution
     base = (cell[2] * plane + cell[1] * row + cell[0]).to(torch.int64)
@@ -94,10 +97,11 @@ def weighted_corners(table: Tensor, corners: Corners) -> Tensor:
 
 
 class HashGridEncoding(nn.Module):
-    """Multiresolution hash encoding (Mueller et al., Instant Neural Graphics Primitives, 2022), linear interpolation.
+    """Multiresolution hash encoding with linear interpolation (Instant NGP, Mueller et al. 2022).
 
-    Level l has floor(base * growth^l) vertices along an edge, from `base_resolution` to `max_resolution`; levels
-    that fit are stored densely, finer ones share `table_size` hashed slots. Tables start uniform in +-1e-4.
+    Level l has floor(base * growth^l) vertices along an edge, from `base_resolution` to `max_resolution`;
+    levels that fit are stored densely, finer ones share `table_size` hashed slots. Tables start uniform in
+    +-1e-4.
     """
 
     def __init__(

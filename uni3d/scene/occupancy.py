@@ -21,13 +21,14 @@ class DensityField(Protocol):
 class OccupancyGrid(nn.Module):
     """Occupied cells of a `resolution`^3 grid over the cube, found from the field's density without gradient.
 
-    Everything is occupied until the first `update`. A cell keeps the largest density seen, fading by `decay` an
-    update, so that a thin part missed by one random probe is not lost (as in Instant NGP, Mueller et al. 2022).
-    Cells within `dilation` cells of matter stay occupied, so that surfaces can grow. All state is in buffers:
-    a checkpoint of the module restores it exactly.
+    Everything is occupied until the first `update`. A cell keeps the largest density seen, fading by `decay`
+    an update, so that a thin part missed by one random probe is not lost (as in Instant NGP, Mueller et al.
+    2022). Cells within `dilation` cells of matter stay occupied, so that surfaces can grow. All state is in
+    buffers: a checkpoint of the module restores it exactly.
 
     Args:
-        threshold: density per scene unit above which a cell counts; 0.05 hides at most 3 % of opacity per half unit.
+        threshold: density per scene unit above which a cell counts; 0.05 hides at most 3 % of opacity per
+            half unit.
     """
 
     density: Tensor
@@ -56,7 +57,7 @@ class OccupancyGrid(nn.Module):
 
     @torch.no_grad()
     def update(self, field: DensityField, *, generator: torch.Generator | None = None) -> None:
-        """Probe the field once in every cell (at a random place with a generator, else the centre) and refresh.
+        """Probe the field once in every cell, at a random place with a generator, else at the centre.
 
         The threshold drops to the mean density when that is lower, so the grid never becomes empty.
         """
@@ -74,7 +75,7 @@ class OccupancyGrid(nn.Module):
         threshold = density.mean().clamp(max=self.threshold)
         has_matter = (density >= threshold)[None, None].float()
         if not has_matter.any():
-            return  # only a non-finite field gets here; keep the last good state and let the training step report it
+            return  # a non-finite field: keep the last good state, the training step will report it
         self.density.copy_(density)
         width = 2 * self.dilation + 1
         dilated = nn.functional.max_pool3d(has_matter, width, stride=1, padding=self.dilation)

@@ -80,12 +80,15 @@ class _WeightedRaySum(torch.autograd.Function):
 
 
 def exclusive_sum(values: Tensor, segments: Segments) -> Tensor:
-    """For each sample the sum of `values` [N] over the earlier samples of its ray, [N]; differentiable once."""
+    """Sum of `values` [N] over the earlier samples of each sample's ray, [N]; differentiable once."""
     return _ExclusiveSum.apply(values, segments)  # type: ignore[return-value]
 
 
 def weighted_ray_sum(weights: Tensor, features: Tensor, segments: Segments) -> Tensor:
-    """Sum over each ray of weights [N] times features [N, C], as [R, C]; differentiable once, zero for empty rays."""
+    """Sum over each ray of weights [N] times features [N, C], as [R, C]; zero for empty rays.
+
+    Differentiable once.
+    """
     if weights.shape[0] == 0:
         return features.new_zeros(segments.num_rays, features.shape[1])
     return _WeightedRaySum.apply(weights, features, segments)  # type: ignore[return-value]
@@ -94,7 +97,7 @@ def weighted_ray_sum(weights: Tensor, features: Tensor, segments: Segments) -> T
 def compositing_weights(optical_depth: Tensor, segments: Segments) -> Tensor:
     """Share of the ray's light that each sample gives, [N], from optical depth per sample [N] >= 0.
 
-    w_i = exp(-sum_{j<i} tau_j) (1 - exp(-tau_i)): Max 1995, Eq. of emission-absorption with piecewise constant
-    extinction; the form NeRF (Mildenhall et al. 2020, Eq. 3) uses.
+    w_i = exp(-sum_{j<i} tau_j) (1 - exp(-tau_i)): Max 1995, Eq. of emission-absorption with piecewise
+    constant extinction; the form NeRF (Mildenhall et al. 2020, Eq. 3) uses.
     """
     return torch.exp(-exclusive_sum(optical_depth, segments)) * -torch.expm1(-optical_depth)

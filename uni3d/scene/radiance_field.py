@@ -29,7 +29,7 @@ Encoding = Literal["dense", "hash"]
 
 
 class _TruncatedExp(torch.autograd.Function):
-    """exp(min(x, MAX_LOG_DENSITY)) whose gradient does not vanish above the ceiling, so that values can come back."""
+    """exp(min(x, MAX_LOG_DENSITY)); the gradient goes on above the ceiling, so that values can come back."""
 
     @staticmethod
     def forward(ctx: Any, raw: Tensor) -> Tensor:
@@ -79,7 +79,9 @@ class RadianceField(nn.Module):
         if density_activation not in ("exp", "softplus"):
             raise UsageError(f"density activation is '{density_activation}'; choose 'exp' or 'softplus'")
         if encoding == "dense" and hash_options:
-            raise UsageError("hash options were given to a dense field; pass encoding='hash' or leave them out")
+            raise UsageError(
+                "hash options were given to a dense field; pass encoding='hash' or leave them out"
+            )
         if encoding == "dense" and (not resolutions or min(resolutions) < 2):
             raise UsageError(f"grid resolutions are {resolutions}; give one or more, each at least 2")
         self.encoding = encoding
@@ -97,7 +99,7 @@ class RadianceField(nn.Module):
                 nn.Parameter(torch.zeros(3, size, size, size)) for size in self.resolutions
             )
             with torch.no_grad():
-                vertices = self.vertex_positions(self.resolutions[0])
+                vertices = self.vertex_positions(resolutions[0])
                 self.density_grids[0].copy_(self._raw_blob(vertices).view_as(self.density_grids[0]))
         else:
             self.hash_grid = HashGridEncoding(**(hash_options or {}), generator=generator)  # type: ignore[arg-type]
@@ -106,11 +108,14 @@ class RadianceField(nn.Module):
             self.colour_head = _linear(hidden_width, 3, generator)
 
     def density(self, points: Tensor) -> Tensor:
-        """Extinction per scene unit, float32 [P] >= 0, at points [P, 3] in scene units; 0 outside the cube."""
+        """Extinction per scene unit, float32 [P] >= 0, at points [P, 3] (scene units); 0 outside the cube."""
         return self._evaluate(points, with_colour=False)[0]
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Density [P] (as `density`) and sRGB colour [P, 3] in [0, 1] at points [P, 3]; no gradient to points."""
+        """Density [P] (as `density`) and sRGB colour [P, 3] in [0, 1] at points [P, 3].
+
+        Differentiable in the parameters, not in the points.
+        """
         density, colour = self._evaluate(points, with_colour=True)
         assert colour is not None
         return density, colour
@@ -120,10 +125,10 @@ class RadianceField(nn.Module):
         return self(points)[1]
 
     def normals(self, points: Tensor, *, offset: float | None = None) -> Tensor:
-        """Unit normals [P, 3], down the density's gradient, by four look-ups a point; differentiable in the field.
+        """Unit normals [P, 3], down the density's gradient; differentiable in the field.
 
-        The differences are those of log(1 + density) at the corners of a tetrahedron of radius `offset` (half a
-        finest voxel unless given); where density is flat the normal is zero.
+        Four look-ups a point: differences of log(1 + density) between the corners of a tetrahedron of edge
+        2.8 `offset` (half a finest voxel unless given); where density is flat the normal is zero.
         """
         if offset is None:
             offset = self.half_extent / max(self.resolutions or self.hash_grid.resolutions)
@@ -141,8 +146,8 @@ class RadianceField(nn.Module):
     def set_active_levels(self, num_levels: int) -> None:
         """Use only the `num_levels` coarsest dense grids; the rest count as zero and get no gradient.
 
-        Grids start at zero, so switching them on later changes nothing at that moment. No effect on a hash field.
-        Not part of the state dict: whoever schedules it sets it again on resume.
+        Grids start at zero, so switching them on later changes nothing at that moment. No effect on a hash
+        field. Not part of the state dict: whoever schedules it sets it again on resume.
         """
         if self.encoding == "dense" and not 1 <= num_levels <= len(self.resolutions):
             raise UsageError(f"active levels is {num_levels}; the field has 1 to {len(self.resolutions)}")
@@ -156,13 +161,13 @@ class RadianceField(nn.Module):
     def parameter_groups(self, learning_rates: Mapping[str, float]) -> list[dict[str, Any]]:
         """Optimiser groups {"params", "lr", "name"}, one for each of `parameter_group_names`.
 
-        Raises UsageError when a name is missing or unknown. `torch.optim.Adam(..., fused=True)` is three times as
-        fast as the default on these tensors, also on a CPU.
+        Raises UsageError when a name is missing or unknown. `torch.optim.Adam(..., fused=True)` is three
+        times as fast as the default on these tensors, also on a CPU.
         """
         if set(learning_rates) != set(self.parameter_group_names):
             raise UsageError(
-                f"learning rates are given for {sorted(learning_rates)}; a {self.encoding} field takes exactly "
-                f"{sorted(self.parameter_group_names)}"
+                f"learning rates are given for {sorted(learning_rates)}; a {self.encoding} field takes "
+                f"exactly {sorted(self.parameter_group_names)}"
             )
         if self.encoding == "dense":
             members: dict[str, list[nn.Parameter]] = {

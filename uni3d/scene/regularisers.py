@@ -1,11 +1,13 @@
 """Terms that keep a field compact, crisp and smooth, and a measure of fog.
 
-Each is a plain function that returns a scalar to be multiplied by its weight; callers skip a term whose weight is
-zero. Averages run over pixels or rays of the whole batch, so weights do not depend on resolution.
+Each is a plain function that returns a scalar to be multiplied by its weight; callers skip a term whose
+weight is zero. Averages run over pixels or rays of the whole batch, so weights do not depend on resolution.
 Legend: B views, H W pixels, R rays, N packed samples, G grid vertices along an edge.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,25 +21,25 @@ UNIT_BOX_HALF_EXTENT = 0.5
 
 
 def opacity_entropy(opacity: Tensor) -> Tensor:
-    """Mean binary entropy, in nats (0 to 0.69), of opacities [B, 1, H, W]: pushes each pixel to empty or full.
+    """Mean binary entropy of opacities [B, 1, H, W], in nats (0 to 0.69): pushes pixels to empty or full.
 
-    The aim is that of the beta prior on opacity in Neural Volumes (Lombardi et al. 2019, section 5.2); entropy has a
-    bounded value, and its slope is clamped by 1e-4 at both ends.
+    The aim is that of the beta prior on opacity in Neural Volumes (Lombardi et al. 2019, section 5.2);
+    entropy has a bounded value, and its slope is clamped by 1e-4 at both ends.
     """
     share = opacity.clamp(1e-4, 1 - 1e-4)
     return -(share * share.log() + (1 - share) * torch.log1p(-share)).mean()
 
 
 def opacity_sparsity(opacity: Tensor) -> Tensor:
-    """Mean opacity [B, 1, H, W] -> scalar in [0, 1]: space costs, as the transmittance term of Dream Fields (2022)."""
+    """Mean of opacities [B, 1, H, W], in [0, 1]: space costs, as in Dream Fields (Jain et al. 2022)."""
     return opacity.mean()
 
 
 def weight_entropy(samples: RaySamples) -> Tensor:
-    """Mean over rays that met matter of the entropy of their sample weights, nats: one surface a ray, no layers.
+    """Mean entropy, nats, of the weights along rays that met matter: one surface a ray, no layers.
 
-    Ray entropy minimisation of InfoNeRF (Kim et al. 2022, Eq. 5): weights are normalised along the ray, and each ray
-    counts in proportion to its opacity.
+    Ray entropy minimisation of InfoNeRF (Kim et al. 2022, Eq. 5): weights are normalised along the ray, and
+    each ray counts in proportion to its opacity.
     """
     segments, weights = samples.segments, samples.weights
     opacity = _ray_sum(weights, segments)
@@ -50,9 +52,9 @@ def weight_entropy(samples: RaySamples) -> Tensor:
 def distortion(samples: RaySamples) -> Tensor:
     """Mean over all rays of sum_ij w_i w_j |t_i - t_j| + step / 3 sum_i w_i^2, in scene units.
 
-    The distortion loss of Mip-NeRF 360 (Barron et al. 2022, Eq. 15) without its warp, since the scene is a small
-    cube. Since samples are sorted, the double sum is 2 sum_i w_i (t_i W_i - M_i) with W_i and M_i the sums of w and
-    w t over the earlier samples of the ray: linear in the number of samples.
+    The distortion loss of Mip-NeRF 360 (Barron et al. 2022, Eq. 15) without its warp, since the scene is a
+    small cube. Since samples are sorted, the double sum is 2 sum_i w_i (t_i W_i - M_i) with W_i and M_i the
+    sums of w and w t over the earlier samples of the ray: linear in the number of samples.
     """
     weights, distances, segments = samples.weights, samples.distances, samples.segments
     earlier = exclusive_sum(weights, segments)
@@ -63,9 +65,10 @@ def distortion(samples: RaySamples) -> Tensor:
 
 
 def orientation(samples: RaySamples) -> Tensor:
-    """Mean over rays of sum_i w_i max(0, n_i . d)^2: visible matter should face the camera (Ref-NeRF, 2022, Eq. 11).
+    """Mean over rays of sum_i w_i max(0, n_i . d)^2: visible matter should face the camera.
 
-    The weights are not differentiated. Raises UsageError if the image was rendered without normals.
+    Ref-NeRF (Verbin et al. 2022, Eq. 11). The weights are not differentiated. Raises UsageError if the image
+    was rendered without normals.
     """
     if samples.normals is None:
         raise UsageError("the orientation term needs normals; render with with_normals=True")
@@ -74,13 +77,13 @@ def orientation(samples: RaySamples) -> Tensor:
 
 
 def containment(samples: RaySamples, *, half_extent: float = UNIT_BOX_HALF_EXTENT) -> Tensor:
-    """Mean over rays of the visible weight times its distance (scene units, largest axis) beyond the unit box."""
+    """Mean over rays of visible weight times distance beyond the unit box (scene units, largest axis)."""
     beyond = (samples.points.abs().amax(dim=1) - half_extent).clamp(min=0)
     return (samples.weights * beyond).sum() / max(1, samples.segments.num_rays)
 
 
 def off_centre(output: RenderOutput) -> Tensor:
-    """Squared distance, scene units, between the origin and the centre of what all views see; moves density."""
+    """Squared distance (scene units) of the centre of what all views see from the origin; moves density."""
     samples = output.samples
     total = samples.weights.sum().clamp(min=1e-6)
     return ((samples.weights[:, None] * samples.points).sum(dim=0) / total).square().sum()
@@ -94,19 +97,22 @@ def total_variation(
     fraction: float = 0.25,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Mean squared difference of raw values between neighbouring vertices, summed over axes, of a dense field.
+    """Mean squared difference of a dense field's raw values between neighbouring vertices, summed over axes.
 
-    Averaged over the active levels. With a generator only a random slab of each grid is visited, `fraction` of its
-    layers (the same mean in expectation, a quarter of the time); without one the whole grid is. The squared,
-    differentiable relative of Rudin, Osher and Fatemi's total variation (1992), as in Plenoxels (2022).
-    Raises UsageError for a hash field: use `local_variation` there.
+    Averaged over the active levels. With a generator only a random slab of each grid is visited, `fraction`
+    of its layers (the same mean in expectation, a quarter of the time); without one the whole grid is. The
+    squared, differentiable relative of Rudin, Osher and Fatemi's total variation (1992), as in Plenoxels
+    (2022). Raises UsageError for a hash field: use `local_variation` there.
     """
     if field.encoding != "dense":
         raise UsageError("total variation needs voxel grids; use local_variation with a hash field")
     total = torch.zeros((), device=next(field.parameters()).device)
     for level in range(field.num_active_levels):
         layers = _random_slab(field.resolutions[level], fraction, generator)
-        for weight, grid in ((density_weight, field.density_grids[level]), (colour_weight, field.colour_grids[level])):
+        for weight, grid in (
+            (density_weight, field.density_grids[level]),
+            (colour_weight, field.colour_grids[level]),
+        ):
             if weight > 0:
                 total = total + weight * _squared_differences(grid, layers)
     return total / field.num_active_levels
@@ -115,11 +121,13 @@ def total_variation(
 def local_variation(
     field: RadianceField, points: Tensor, *, offset: float = 0.01, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Mean squared change of colour and of log(1 + density) between points [P, 3] and neighbours about `offset` away.
+    """Mean squared change of colour and of log(1 + density) from points [P, 3] to places about `offset` away.
 
     Works for any encoding and can be aimed, e.g. at `samples.points`; cost: two look-ups a point.
     """
-    shift = torch.randn(points.shape, generator=generator, device=generator.device if generator else points.device)
+    shift = torch.randn(
+        points.shape, generator=generator, device=generator.device if generator else points.device
+    )
     density, colour = field(points)
     near_density, near_colour = field(points + offset * shift.to(points.device))
     density_change = torch.log1p(density) - torch.log1p(near_density)
@@ -152,10 +160,10 @@ def _random_slab(resolution: int, fraction: float, generator: torch.Generator | 
 
 
 class _SquaredDifferences(torch.autograd.Function):
-    """Sum over axes of the mean squared difference along the axis; the gradient is formed in the same pass."""
+    """Sum over axes of the mean squared difference along the axis; forms its gradient in the same pass."""
 
     @staticmethod
-    def forward(ctx, grid: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, grid: Tensor) -> Tensor:
         total = grid.new_zeros(())
         gradient = torch.zeros_like(grid)
         for axis in (1, 2, 3):
@@ -169,7 +177,7 @@ class _SquaredDifferences(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         return ctx.saved_tensors[0] * grad_outputs[0]
 
 

@@ -1,4 +1,5 @@
-"""Volume rendering of a field from orbit cameras: image, opacity and depth, differentiable in the field alone.
+"""Volume rendering of a field from orbit cameras: image, opacity and depth, differentiable in the field
+alone.
 
 Rays meet the cube (or the box around the occupied cells) at a lattice of equal steps. Two passes without
 gradient thin the lattice out: cells known to be empty, then samples behind opaque matter. Only what is left
@@ -45,8 +46,8 @@ class Field(Protocol):
 class RaySamples:
     """The packed samples behind an image, for regularisers that look along rays.
 
-    `weights` [N] carry gradient; `distances` [N] (scene units from the camera), `points` [N, 3] and `directions`
-    [R, 3] do not; `normals` [N, 3] are there only when asked for.
+    `weights` [N] carry gradient; `distances` [N] (scene units from the camera), `points` [N, 3] and
+    `directions` [R, 3] do not; `normals` [N, 3] are there only when asked for.
     """
 
     segments: Segments
@@ -62,9 +63,9 @@ class RaySamples:
 class RenderOutput:
     """What `render` returns, all float32.
 
-    `image` [B, 3, H, W] in [0, 1] over the background, `opacity` [B, 1, H, W] in [0, 1], `depth` [B, 1, H, W]:
-    opacity-weighted mean distance from the camera, 0 where nothing was met. `normals` [B, 3, H, W]: weighted sum of
-    unit normals in world axes, or None. `samples`: see `RaySamples`.
+    `image` [B, 3, H, W] in [0, 1] over the background, `opacity` [B, 1, H, W] in [0, 1], `depth` [B, 1, H,
+    W]: opacity-weighted mean distance from the camera, 0 where nothing was met. `normals` [B, 3, H, W]:
+    weighted sum of unit normals in world axes, or None. `samples`: see `RaySamples`.
     """
 
     image: Tensor
@@ -92,12 +93,14 @@ def render(
 
     Args:
         background: a grey level, a colour [3], colours [B, 3] or images [B, 3, H, W], sRGB in [0, 1].
-        num_samples: lattice places along one edge of the cube; a ray through opposite corners has 1.7 times as many.
+        num_samples: lattice places along one edge of the cube; a ray through opposite corners has 1.7 times
+            as many.
         generator: shifts each ray's lattice by a random part of a step; without it the lattice is centred.
         occupancy: cells to skip; without it every place inside the cube is visited.
         stop_transmittance: samples that get less than this share of the light are dropped (0 keeps all).
-        max_samples: at most this many samples get gradient, on a random set of whole rays (evenly strided without a
-            generator). The image stays exact; the gradient is that of the chosen rays, not rescaled. None: no limit.
+        max_samples: at most this many samples get gradient, on a random set of whole rays (evenly strided
+            without a generator). The image stays exact; the gradient is that of the chosen rays, not
+            rescaled. None: no limit.
         with_normals: also evaluate normals at the samples (four more density look-ups each).
 
     Raises UsageError for a background of another shape.
@@ -107,7 +110,13 @@ def render(
     with torch.no_grad():
         shift = _lattice_shift(origins, generator)
         ray_index, distances = _live_samples(
-            field, origins, directions, shift, step, occupancy=occupancy, stop_transmittance=stop_transmittance
+            field,
+            origins,
+            directions,
+            shift,
+            step,
+            occupancy=occupancy,
+            stop_transmittance=stop_transmittance,
         )
         points = _along(origins, directions, ray_index, distances)
     segments = Segments.from_ray_index(ray_index, origins.shape[0])
@@ -162,7 +171,8 @@ def _live_samples(
     occupancy: OccupancyGrid | None,
     stop_transmittance: float,
 ) -> tuple[Tensor, Tensor]:
-    """Ray index int64 [N], ascending, and distance [N], ascending on each ray, of the samples worth evaluating.
+    """Ray index int64 [N], ascending, and distance [N], ascending on each ray, of the samples worth
+    evaluating.
 
     Lattice places are at (k + shift) * step from the camera for whole k, those inside the bounds only.
     """
@@ -200,7 +210,9 @@ def _live_samples_of_chunk(
     occupancy: OccupancyGrid | None,
     stop_transmittance: float,
 ) -> tuple[Tensor, Tensor]:
-    """`_live_samples` for some rays (int64 [r]) whose lattice begins at `start` [r] and has `count` [r] places."""
+    """`_live_samples` for some rays (int64 [r]) whose lattice begins at `start` [r] and has `count` [r]
+    places.
+    """
     places = torch.arange(int(count.max()), device=rays.device, dtype=start.dtype)
     is_live = places < count[:, None]
     if occupancy is not None:
@@ -231,7 +243,11 @@ def _is_occupied(occupancy: OccupancyGrid, origins: Tensor, directions: Tensor, 
 
 
 def _evaluate_within_budget(
-    field: Field, points: Tensor, segments: Segments, max_samples: int | None, generator: torch.Generator | None
+    field: Field,
+    points: Tensor,
+    segments: Segments,
+    max_samples: int | None,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     """Density [N] and colour [N, 3] at `points` [N, 3], with gradient for at most `max_samples` of them."""
     num_points = points.shape[0]
@@ -253,21 +269,12 @@ def _rays_within_budget(segments: Segments, max_samples: int, generator: torch.G
     """Which rays get gradient, bool [R]: as many of a shuffled order as fit into `max_samples`."""
     num_rays, device = segments.num_rays, segments.start.device
     if generator is None:
-        # A stride without common factor with the number of rays visits all of them, spread over the image.
-        stride = next(s for s in range(int(num_rays * 0.618) + 1, 2 * num_rays + 2) if _is_coprime(s, num_rays))
-        order = torch.arange(num_rays, device=device) * stride % num_rays
-    else:
-        order = torch.randperm(num_rays, generator=generator, device=generator.device).to(device)
+        generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(num_rays, generator=generator, device=generator.device).to(device)
     counts = (segments.end - segments.start)[order]
     fits = torch.zeros(num_rays, dtype=torch.bool, device=device)
     fits[order] = counts.cumsum(0) <= max_samples
     return fits
-
-
-def _is_coprime(a: int, b: int) -> bool:
-    while b:
-        a, b = b, a % b
-    return a == 1
 
 
 def _background_image(background: Tensor | float, maps: Tensor) -> Tensor:
