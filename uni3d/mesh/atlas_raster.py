@@ -1,7 +1,7 @@
 """Which texel belongs to which triangle of an atlas: vectorised rasterisation in numpy.
 
-Used to bake textures and to measure overlaps. Coordinates are in texels: texel (row y, column x) has its centre
-at (x + 0.5, y + 0.5). Legend: F triangles, K candidate or covered texels, S atlas size.
+Used to bake textures and to measure overlaps. Coordinates are in texels: texel (row y, column x) has its
+centre at (x + 0.5, y + 0.5). Legend: F triangles, K candidate or covered texels, S atlas size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 # bounds the memory of one chunk of candidates to some hundred megabytes
 MAX_CANDIDATES = 1 << 20
-# barycentric weight from which a point counts as strictly inside, so that an edge shared by two triangles is no overlap
+# barycentric weight from which a point counts as strictly inside, so that an edge shared by two triangles
+# is no overlap
 STRICTLY_INSIDE = 1e-6
 
 
@@ -22,9 +23,9 @@ def rasterise(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], int]:
     """The texels within `margin` texels of the triangles, each given to the triangle nearest to its centre.
 
-    corners: float [F, 3, 2] in texels. Returns (texel int64 [K] flat index y * S + x, ascending; face int64 [K];
-    barycentric float32 [K, 3] of the point of the triangle nearest to the texel's centre, all in [0, 1]; number
-    of texels whose centre lies strictly inside more than one triangle).
+    corners: float [F, 3, 2] in texels. Returns (texel int64 [K] flat index y * S + x, ascending; face int64
+    [K]; barycentric float32 [K, 3] of the point of the triangle nearest to the texel's centre, all in [0,
+    1]; number of texels whose centre lies strictly inside more than one triangle).
     """
     face_of = np.full(size * size, -1, np.int64)
     weights = np.zeros((size * size, 3), np.float32)
@@ -36,7 +37,8 @@ def rasterise(
         inside_count += np.bincount(texel[lowest > STRICTLY_INSIDE], minlength=size * size).astype(np.int32)
         face_of[texel[within]] = face[within]
         weights[texel[within]] = barycentric[within]
-    # The second pass asks for distances, which are dear, and only where no triangle covers the texel's centre.
+    # The second pass asks for distances, which are dear, and only where no triangle covers the texel's
+    # centre.
     is_free = face_of < 0
     distance = np.full(size * size, np.inf)
     for texel, face, triangle, centre in _candidates(corners, size, margin, is_free):
@@ -52,7 +54,9 @@ def rasterise(
     return covered, face_of[covered], weights[covered], int(np.sum(inside_count > 1))
 
 
-def overlapping_faces(corners: NDArray[np.floating], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def overlapping_faces(
+    corners: NDArray[np.floating], size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pairs of faces (first < second) whose insides share the centre of a texel; each pair once."""
     texels, faces = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for texel, face, triangle, centre in _candidates(corners, size, 0.0):
@@ -70,9 +74,10 @@ def overlapping_faces(corners: NDArray[np.floating], size: int) -> tuple[NDArray
 def _candidates(
     corners: NDArray[np.floating], size: int, margin: float, is_wanted: NDArray[np.bool_] | None = None
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]]:
-    """Chunks of (texel [K], face [K], triangle [K, 3, 2], texel centre [K, 2]) from the triangles' bounding boxes."""
+    """Chunks of (texel [K], face [K], triangle [K, 3, 2], texel centre [K, 2]) from bounding boxes."""
     corners = np.asarray(corners, dtype=np.float64)
-    # texel x has its centre at x + 0.5, so the first and last one that matter are ceil(low - 0.5), floor(high - 0.5)
+    # texel x has its centre at x + 0.5, so the first and last one that matter are ceil(low - 0.5),
+    # floor(high - 0.5)
     low = np.clip(np.ceil(corners.min(axis=1) - margin - 0.5), 0, size).astype(np.int64)
     high = np.clip(np.floor(corners.max(axis=1) + margin + 0.5), 0, size).astype(np.int64)
     extent = np.maximum(high - low, 0)
@@ -111,7 +116,7 @@ def _barycentric(triangle: NDArray[np.float64], point: NDArray[np.float64]) -> N
 def _nearest_on_border(
     triangle: NDArray[np.float64], point: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Barycentric weights [K, 3] of the border point of each triangle nearest to each point, and its squared distance."""
+    """Weights [K, 3] of the point of each triangle's border nearest to each point; squared distance [K]."""
     edge = np.roll(triangle, -1, axis=1) - triangle
     offset = point[:, None] - triangle
     length = np.maximum((edge * edge).sum(-1), 1e-24)

@@ -1,14 +1,15 @@
 """Textured meshes into files: GLB first, OBJ and PLY on request.
 
-The last step of the mesh room. The exported object is Y up with its front towards +Z, centred in the unit box, its
-node has no transform, and the file carries where it came from. Files appear whole or not at all.
+The last step of the mesh room. The exported object is Y up with its front towards +Z, centred in the unit
+box, its node has no transform, and the file carries where it came from. Files appear whole or not at all.
 
-Why the material is unlit: the colours were learned from lit pictures, so they already hold the light. A viewer
-that lights them again darkens every shadow twice. glTF has a word for this, KHR_materials_unlit: viewers that
-know it (three.js, Babylon.js, model-viewer, Blender, Unity, Unreal, Godot) show exactly the colours of the
-preview. It is listed as used, not as required: other viewers fall back on the metallic 0, roughness 1 material
-underneath, which is the mildest relighting there is; that is also why normals are written. `unlit=False`
-leaves the extension out for scenes that want to relight the object. Legend: V vertices, F faces.
+Why the material is unlit: the colours were learned from lit pictures, so they already hold the light. A
+viewer that lights them again darkens every shadow twice. glTF has a word for this, KHR_materials_unlit:
+viewers that know it (three.js, Babylon.js, model-viewer, Blender, Unity, Unreal, Godot) show exactly the
+colours of the preview. It is listed as used, not as required: other viewers fall back on the metallic 0,
+roughness 1 material underneath, which is the mildest relighting there is; that is also why normals are
+written. `unlit=False` leaves the extension out for scenes that want to relight the object. Legend: V
+vertices, F faces.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import io
 import json
 import logging
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ _LINEAR, _LINEAR_MIPMAP_LINEAR, _CLAMP = 9729, 9987, 33071
 def write_mesh(
     mesh: TexturedMesh, path: str | Path, extras: dict[str, Any] | None = None, *, unlit: bool = True
 ) -> Path:
-    """Write `mesh` in the format of the suffix of `path`: .glb, .obj or .ply. Raises UsageError for another one."""
+    """Write `mesh` in the format of the suffix of `path`: .glb, .obj or .ply; UsageError for another one."""
     match Path(path).suffix.lower():
         case ".glb":
             return write_glb(mesh, path, extras, unlit=unlit)
@@ -68,13 +70,14 @@ def write_glb(
 ) -> Path:
     """Write one binary glTF 2.0 file and return its path.
 
-    extras: JSON values (prompt, seed, method, versions, ...) kept in `asset.extras`, to which `scene_scale` and
-    `scene_centre` are added: scene position = position in the file * scale + centre. name: of node, mesh and
-    material. unit_box: centre the object and make its longest side 1. The texture is a PNG if the file then
-    stays within `max_bytes`, else a JPEG of the best quality that does.
+    extras: JSON values (prompt, seed, method, versions, ...) kept in `asset.extras`, to which `scene_scale`
+    and `scene_centre` are added: scene position = position in the file * scale + centre. name: of node,
+    mesh and material. unit_box: centre the object and make its longest side 1. The texture is a PNG if the
+    file then stays within `max_bytes`, else a JPEG of the best quality that does.
 
-    Raises Uni3DError for numbers that are not finite or a mesh that is inconsistent, UsageError for extras that
-    JSON cannot hold or a file that cannot be made small enough; an existing file is then left as it was.
+    Raises Uni3DError for numbers that are not finite or a mesh that is inconsistent, UsageError for extras
+    that JSON cannot hold or a file that cannot be made small enough; an existing file is then left as it
+    was.
     """
     _check(mesh)
     centre, scale = np.zeros(3), 1.0
@@ -85,18 +88,20 @@ def write_glb(
     for image, mime_type in _encodings(mesh.texture):
         content = _glb_bytes(mesh, image, mime_type, name=name, unlit=unlit, extras=placed)
         if len(content) <= max_bytes:
-            return atomic_write(path, lambda temporary: temporary.write_bytes(content))
+            return _write_bytes(path, content)
         logger.info("%s texture makes %d bytes, more than %d", mime_type, len(content), max_bytes)
     raise UsageError(
-        f"the mesh needs {len(content)} bytes and {max_bytes} are allowed; use fewer triangles or a smaller texture"
+        f"the mesh needs {len(content)} bytes and {max_bytes} are allowed; "
+        "use fewer triangles or a smaller texture"
     )
 
 
 def write_obj(mesh: TexturedMesh, path: str | Path, extras: dict[str, Any] | None = None) -> Path:
-    """Write a Wavefront OBJ with a material library and a PNG of the same name beside it; returns the OBJ's path.
+    """Write a Wavefront OBJ with a material library and a PNG of the same name beside it; returns the OBJ's
+    path.
 
-    Unit box, Y up; the extras and the placement become comment lines. The OBJ comes last, so that whoever sees
-    it finds the other two.
+    Unit box, Y up; the extras and the placement become comment lines. The OBJ comes last, so that whoever
+    sees it finds the other two.
     """
     _check(mesh)
     path = Path(path)
@@ -120,7 +125,7 @@ def write_obj(mesh: TexturedMesh, path: str | Path, extras: dict[str, Any] | Non
 
 
 def write_ply(mesh: TexturedMesh, path: str | Path, extras: dict[str, Any] | None = None) -> Path:
-    """Write a binary PLY with one sRGB colour per vertex and no texture; the seams are welded. Unit box, Y up."""
+    """Write a binary PLY with one sRGB colour per vertex, without texture and seams. Unit box, Y up."""
     _check(mesh)
     mesh, centre, scale = mesh.in_unit_box()
     placed = (extras or {}) | {"scene_scale": scale, "scene_centre": [float(value) for value in centre]}
@@ -141,7 +146,7 @@ def write_ply(mesh: TexturedMesh, path: str | Path, extras: dict[str, Any] | Non
     header += [f"property {'uchar' if kind == 'u1' else 'float'} {key}" for key, kind in layout]
     header += [f"element face {len(triangles)}", "property list uchar int vertex_indices", "end_header"]
     content = ("\n".join(header) + "\n").encode("ascii") + rows.tobytes() + triangles.tobytes()
-    return atomic_write(path, lambda temporary: temporary.write_bytes(content))
+    return _write_bytes(path, content)
 
 
 def _glb_bytes(
@@ -149,7 +154,9 @@ def _glb_bytes(
 ) -> bytes:
     """The whole file: header, JSON chunk, binary chunk."""
     # 65535 is kept free: it means "restart" to graphics drivers
-    index_type, index_code = ("<u2", _UNSIGNED_SHORT) if len(mesh.vertices) < 65535 else ("<u4", _UNSIGNED_INT)
+    index_type, index_code = (
+        ("<u2", _UNSIGNED_SHORT) if len(mesh.vertices) < 65535 else ("<u4", _UNSIGNED_INT)
+    )
     indices = mesh.faces.reshape(-1).astype(index_type)
     parts = [
         (mesh.vertices.astype("<f4").tobytes(), _VERTEX_BUFFER),
@@ -216,8 +223,12 @@ def _glb_bytes(
     return header + json_chunk + struct.pack("<II", len(binary), _BIN_CHUNK) + binary
 
 
-def _encodings(texture: NDArray[np.uint8]):
-    """The texture as (bytes, MIME type), from the best encoding to the smallest; each is made when asked for."""
+def _write_bytes(path: str | Path, content: bytes) -> Path:
+    return atomic_write(path, lambda temporary: temporary.write_bytes(content))
+
+
+def _encodings(texture: NDArray[np.uint8]) -> Iterator[tuple[bytes, str]]:
+    """The texture as (bytes, MIME type), from the best encoding to the smallest, each made on demand."""
     picture = Image.fromarray(texture)
     encoded = io.BytesIO()
     picture.save(encoded, format="PNG")
@@ -249,4 +260,6 @@ def _check(mesh: TexturedMesh) -> None:
     if mesh.faces.min() < 0 or mesh.faces.max() >= num:
         raise Uni3DError(f"the mesh's faces point at vertices that do not exist (there are {num})")
     if mesh.texture.dtype != np.uint8 or mesh.texture.ndim != 3 or mesh.texture.shape[2] != 3:
-        raise Uni3DError(f"the texture is {mesh.texture.dtype} {mesh.texture.shape}; expected uint8 [S, S, 3]")
+        raise Uni3DError(
+            f"the texture is {mesh.texture.dtype} {mesh.texture.shape}; expected uint8 [S, S, 3]"
+        )

@@ -1,9 +1,9 @@
 """From a density field to a clean, closed surface: the first step of the mesh room.
 
-density function -> coarse look at the whole box -> fine grid around the object -> iso level -> marching cubes ->
-floaters and cavities removed -> smoothing -> decimation -> `Surface`, which `texture.py` unwraps and paints.
-Legend: P points, X Y Z grid nodes along the three axes. Densities are nonnegative, in 1 / scene length; the grid
-is numpy float32 [X, Y, Z] and knows its own placement.
+density function -> coarse look at the whole box -> fine grid around the object -> iso level -> marching
+cubes -> floaters and cavities removed -> smoothing -> decimation -> `Surface`, which `texture.py` unwraps
+and paints. Legend: P points, X Y Z grid nodes along the three axes. Densities are nonnegative, in 1 / scene
+length; the grid is numpy float32 [X, Y, Z] and knows its own placement.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ COARSE_RESOLUTION = 64
 NUM_LEVELS = 64
 # levels whose silhouettes agree about as well as the best one's count as a draw
 LEVEL_TOLERANCE = 0.01
-# fog: a density that fills most of the occupied box, is thin against the object, and could only look solid over
-# a good part of the box (optical depth 3, opacity 0.95, across all of it)
+# fog: a density that fills most of the occupied box, is thin against the object, and could only look solid
+# over a good part of the box (optical depth 3, opacity 0.95, across all of it)
 FOG_CONTRAST = 0.1
 FOG_MAX_OPTICAL_DEPTH = 3.0
 # no ray through the box more opaque than this: nothing to extract
@@ -81,26 +81,29 @@ def extract_surface(
 ) -> Surface:
     """Cut a closed, outward facing surface out of a density field.
 
-    density_fn: points float32 [P, 3] inside [-half_extent, half_extent]^3 on `device` -> densities [P], finite,
-    nonnegative, 1 / scene length; called without gradients on at most `chunk_size` points at a time.
-    resolution: grid nodes along the longest side of the object's own bounding box, 16 to 512.
-    iso_level: the density of the surface; None chooses it: by `level_score` (higher is better; called with about
-    twenty levels) where given, else by `choose_iso_level`.
-    max_triangles: upper bound, at least 100.
+    density_fn: points float32 [P, 3] inside [-half_extent, half_extent]^3 on `device` -> densities [P],
+    finite, nonnegative, 1 / scene length; called without gradients on at most `chunk_size` points at a
+    time. resolution: grid nodes along the longest side of the object's own bounding box, 16 to 512.
+    iso_level: the density of the surface; None chooses it: by `level_score` (higher is better; called with
+    about twenty levels) where given, else by `choose_iso_level`. max_triangles: upper bound, at least 100.
     min_component_fraction: pieces with less than this share of the largest piece's area are removed.
     fill_cavities: hollows that cannot be seen from outside are filled.
 
     The report holds iso_level, iso_rule, silhouette_agreement, fog_density, spacing, components_found,
-    floaters_removed, floater_area_fraction, cavities_removed, triangles_before, triangles, open_edges, closed,
-    volume, area. Raises EmptySurfaceError if there is nothing to extract, UsageError for arguments out of range,
-    Uni3DError for densities that are not finite.
+    floaters_removed, floater_area_fraction, cavities_removed, triangles_before, triangles, open_edges,
+    closed, volume, area. Raises EmptySurfaceError if there is nothing to extract, UsageError for arguments
+    out of range, Uni3DError for densities that are not finite.
     """
     if not 16 <= resolution <= 512:
-        raise UsageError(f"mesh resolution is {resolution}; give a number from 16 to 512 (128 is the default)")
+        raise UsageError(
+            f"mesh resolution is {resolution}; give a number from 16 to 512 (128 is the default)"
+        )
     if max_triangles < MIN_TRIANGLES:
         raise UsageError(f"the triangle budget is {max_triangles}; give at least {MIN_TRIANGLES}")
     if iso_level is not None and not (math.isfinite(iso_level) and iso_level > 0):
-        raise UsageError(f"iso level is {iso_level}; give a positive density or leave it out to have it chosen")
+        raise UsageError(
+            f"iso level is {iso_level}; give a positive density or leave it out to have it chosen"
+        )
     evaluate = _Evaluator(density_fn, chunk_size, torch.device(device))
     grid, fog_density = _sample_object(evaluate, half_extent, resolution, iso_level)
     report: dict[str, Any] = {"fog_density": fog_density, "spacing": grid.spacing}
@@ -122,20 +125,26 @@ def extract_surface(
         "volume": float(signed_volumes(vertices, faces).sum()),
         "area": float(face_areas(vertices, faces).sum()),
     }
-    logger.info("surface at density %.3g: %d triangles, %d floaters removed", level, len(faces), report["floaters_removed"])
+    logger.info(
+        "surface at density %.3g: %d triangles, %d floaters removed",
+        level,
+        len(faces),
+        report["floaters_removed"],
+    )
     return Surface(vertices.astype(np.float32), faces, level, report)
 
 
 def choose_iso_level(grid: DensityGrid, *, fog_density: float = 0.0) -> tuple[float, float]:
     """The density at which the solid looks most like the volume: (level, agreement in [0, 1]).
 
-    Seen along an axis the volume has an opacity O = 1 - exp(-integral of density) in every pixel, and the solid
-    {density >= s} has the silhouette B_s = (largest density on the ray >= s). The level with the highest soft
-    intersection over union, sum min(B, O) / sum max(B, O), averaged over the three axes, wins. A thick soft blob
-    so gets a low level and a thin hard plate a high one, without a threshold to tune; haze that renders as less
-    than about half opaque is left out. Sharp objects have the same silhouette at many levels; among levels within
-    one per cent of the best the one nearest to half the solid's typical density is taken, which puts the surface
-    in the middle of the step between two grid nodes, where it is unbiased. `fog_density` is taken off first.
+    Seen along an axis the volume has an opacity O = 1 - exp(-integral of density) in every pixel, and the
+    solid {density >= s} has the silhouette B_s = (largest density on the ray >= s). The level with the
+    highest soft intersection over union, sum min(B, O) / sum max(B, O), averaged over the three axes, wins.
+    A thick soft blob so gets a low level and a thin hard plate a high one, without a threshold to tune;
+    haze that renders as less than about half opaque is left out. Sharp objects have the same silhouette at
+    many levels; among levels within one per cent of the best the one nearest to half the solid's typical
+    density is taken, which puts the surface in the middle of the step between two grid nodes, where it is
+    unbiased. `fog_density` is taken off first.
     """
     values = np.maximum(grid.values - 2.0 * fog_density, 0.0)
     # below this not even a ray through the whole grid reaches opacity 1/2
@@ -172,9 +181,9 @@ def silhouette_score(
 ) -> Callable[[float], float]:
     """A `level_score` from rendered views: how well the solid's silhouette matches the opacity in `opacity`.
 
-    opacity: float [B, 1, H, W] in [0, 1], as rendered from `cameras` (length B) on the device of the cameras. The
-    field is sampled once, on `num_samples` points of each ray inside the box; the returned function is cheap and
-    gives the soft intersection over union in [0, 1] at a level.
+    opacity: float [B, 1, H, W] in [0, 1], as rendered from `cameras` (length B) on the device of the
+    cameras. The field is sampled once, on `num_samples` points of each ray inside the box; the returned
+    function is cheap and gives the soft intersection over union in [0, 1] at a level.
     """
     height, width = opacity.shape[-2:]
     origins, directions = cameras.rays(height, width)
@@ -228,9 +237,9 @@ class _Evaluator:
 def _sample_object(
     evaluate: _Evaluator, half_extent: float, resolution: int, iso_level: float | None
 ) -> tuple[DensityGrid, float]:
-    """Look at the whole box coarsely, then sample a fine grid around what is there; also the fog's density."""
-    # One random point per coarse cell, and not the cell's centre: a thin plate that is parallel to an axis could
-    # lie between two layers of centres, but not between random points.
+    """Look at the whole box coarsely, then sample a fine grid around what is there; also the fog"""
+    # One random point per coarse cell, and not the cell's centre: a thin plate that is parallel to an axis
+    # could lie between two layers of centres, but not between random points.
     random = np.random.default_rng(0).random((COARSE_RESOLUTION,) * 3 + (3,), dtype=np.float32)
     cell = 2.0 * half_extent / COARSE_RESOLUTION
     index = np.stack(np.meshgrid(*[np.arange(COARSE_RESOLUTION)] * 3, indexing="ij"), axis=-1)
@@ -239,10 +248,13 @@ def _sample_object(
     lowest_level = iso_level or math.log(2.0) / (2.0 * half_extent) + 2.0 * fog_density
     if float(coarse.max(initial=0.0)) <= 0.0:
         raise EmptySurfaceError(_empty_message("the field's density is zero everywhere"))
-    occupied = ndimage.binary_dilation(coarse > 0.25 * lowest_level + 1.5 * fog_density * (iso_level is None), iterations=2)
+    threshold = 0.25 * lowest_level + (1.5 * fog_density if iso_level is None else 0.0)
+    occupied = np.asarray(ndimage.binary_dilation(coarse > threshold, iterations=2), dtype=bool)
     if not occupied.any():
         raise EmptySurfaceError(
-            _empty_message(f"the highest density in the field is {coarse.max():.3g}, and a surface needs {lowest_level:.3g}")
+            _empty_message(
+                f"the field's highest density is {coarse.max():.3g}, and a surface needs {lowest_level:.3g}"
+            )
         )
     span = [np.flatnonzero(occupied.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
     low = np.array([-half_extent + s[0] * cell for s in span])
@@ -255,14 +267,14 @@ def _sample_object(
     points = np.minimum(origin + fine_index * spacing, half_extent)
     near = np.clip(((points + half_extent) / cell).astype(np.int64), 0, COARSE_RESOLUTION - 1)
     active = occupied[near[..., 0], near[..., 1], near[..., 2]]
-    values = np.zeros(active.shape, np.float32)
+    values = np.zeros(points.shape[:3], np.float32)
     values[active] = np.maximum(evaluate(points[active]), 0.0)
     # a layer of nothing all around, so that what touches the border is closed there
     return DensityGrid(np.pad(values, 1), origin - spacing, spacing), fog_density
 
 
 def _fog_density(coarse: NDArray[np.float32], half_extent: float) -> float:
-    """Density of a haze that fills the box, 0 if there is none: the median of the cells that are not empty."""
+    """Density of a haze that fills the box, 0 if there is none: the median of the non-empty cells."""
     occupied = coarse[coarse > 1e-6]
     if len(occupied) == 0:
         return 0.0
@@ -278,7 +290,9 @@ def _choose_level(
     deepest = max(float(cleared.sum(axis=axis, dtype=np.float64).max()) for axis in range(3)) * grid.spacing
     opacity = 1.0 - math.exp(-deepest)
     if opacity < MIN_OPACITY:
-        raise EmptySurfaceError(_empty_message(f"the field is nowhere more than {100 * opacity:.0f} % opaque"))
+        raise EmptySurfaceError(
+            _empty_message(f"the field is nowhere more than {100 * opacity:.0f} % opaque")
+        )
     if level_score is None:
         return choose_iso_level(grid, fog_density=fog_density)
     lowest = math.log(2.0) / (max(grid.values.shape) * grid.spacing)
@@ -294,16 +308,19 @@ def _polygonise(
     """Marching cubes with outward faces, without floaters and cavities; vertices in scene coordinates."""
     from skimage.measure import marching_cubes
 
-    # Clipped at twice the level: a density of thousands one node inside would otherwise push every crossing to
-    # the outer node and print the grid's steps into the surface.
+    # Clipped at twice the level: a density of thousands one node inside would otherwise push every crossing
+    # to the outer node and print the grid's steps into the surface.
     ratio = np.clip(grid.values / level, 0.0, 2.0)
     if not (ratio > 1.0).any():
         raise EmptySurfaceError(
-            _empty_message(f"no density reaches the iso level {level:.3g}; the highest is {grid.values.max():.3g}")
+            _empty_message(
+                f"no density reaches the iso level {level:.3g}; the highest is {grid.values.max():.3g}"
+            )
         )
     num_filled = 0
     if fill_cavities:
-        outside, num_regions = ndimage.label(ratio < 1.0)
+        labelled: Any = ndimage.label(ratio < 1.0)
+        outside, num_regions = labelled
         hidden = (ratio < 1.0) & (outside != outside[0, 0, 0])
         num_filled = num_regions - 1
         ratio[hidden] = 2.0

@@ -1,7 +1,7 @@
 """Repairs where a surface touches itself in an edge or a vertex, so that it is a manifold afterwards.
 
-Used after decimation (`extraction.py`). Half-edge h of a face array runs from its corner h (row h // 3, column
-h % 3) to the next corner of the same face. Legend: V vertices, F faces.
+Used after decimation (`extraction.py`). Half-edge h of a face array runs from its corner h (row h // 3,
+column h % 3) to the next corner of the same face. Legend: V vertices, F faces.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from uni3d.mesh.surface import Faces, Floats
 def separate_pinches(vertices: Floats, faces: Faces) -> tuple[Floats, Faces]:
     """Make the surface manifold where parts of it touch in an edge or a vertex.
 
-    Edge collapses now and then leave four faces on one edge. They are paired so that each pair bounds one wedge of
-    the solid, and all pairs but one get a vertex in the middle of the edge, a thousandth off towards their own
-    side. Then every vertex gets one copy per fan of faces, moved apart in the same way, so that a program that
-    merges equal positions keeps them apart. Adds a few faces; an edge with a border is left as it is.
+    Edge collapses now and then leave four faces on one edge. They are paired so that each pair bounds one
+    wedge of the solid, and all pairs but one get a vertex in the middle of the edge, a thousandth off
+    towards their own side. Then every vertex gets one copy per fan of faces, moved apart in the same way,
+    so that a program that merges equal positions keeps them apart. Adds a few faces; an edge with a border
+    is left as it is.
     """
     for _ in range(8):
         num_before = len(faces)
@@ -29,8 +30,9 @@ def separate_pinches(vertices: Floats, faces: Faces) -> tuple[Floats, Faces]:
 
 
 def _half_edges(faces: Faces, base: int) -> tuple[Faces, Faces, Faces, Faces, Faces]:
-    """Keys of the half-edges and of their opposites [3F], how often each key occurs, how often its opposite does,
-    and one half-edge that runs the other way (valid where there is one). Half-edge h starts at corner h."""
+    """Keys of the half-edges and of their opposites [3F], how often each key occurs, how often its opposite
+    does, and one half-edge that runs the other way (valid where there is one). Half-edge h starts at corner
+    h."""
     start, end = faces.reshape(-1), np.roll(faces, -1, axis=1).reshape(-1)
     key, opposite = start * base + end, end * base + start
     order = np.argsort(key, kind="stable")

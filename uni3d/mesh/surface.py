@@ -1,8 +1,8 @@
 """Closed triangle surfaces as arrays: what the mesh room measures on them and how it cleans them.
 
-The step between marching cubes (`extraction.py`) and the texture (`texture.py`). Plain numpy, one function per
-operation, every function returns new arrays. Legend: V vertices, F faces, E directed edges.
-Vertices are float [V, 3] in scene units, faces int64 [F, 3], counter-clockwise seen from outside.
+The step between marching cubes (`extraction.py`) and the texture (`texture.py`). Plain numpy, one function
+per operation, every function returns new arrays. Legend: V vertices, F faces, E directed edges. Vertices
+are float [V, 3] in scene units, faces int64 [F, 3], counter-clockwise seen from outside.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from scipy import sparse
 Floats = NDArray[np.floating]
 Faces = NDArray[np.int64]
 
-# Taubin, "A signal processing approach to fair surface design" (1995): a shrinking step followed by a slightly
-# larger inflating one passes frequencies below k = 1/lambda + 1/mu (here 0.1) and damps the ones above.
+# Taubin, "A signal processing approach to fair surface design" (1995): a shrinking step followed by a
+# slightly larger inflating one passes frequencies below k = 1/lambda + 1/mu (here 0.1) and damps the ones
+# above.
 TAUBIN_LAMBDA = 0.5
 TAUBIN_MU = -1.0 / (1.0 / TAUBIN_LAMBDA - 0.1)
 
-# A face is degenerate when its area is below this share of the square of the longest side of the bounding box.
+# A face is degenerate when its area is below this share of the square of the longest side of the bounding
+# box.
 DEGENERATE_AREA = 1e-10
 
 
@@ -30,8 +32,8 @@ DEGENERATE_AREA = 1e-10
 class Surface:
     """A triangle surface cut out of a field.
 
-    vertices float32 [V, 3] in scene coordinates; faces int64 [F, 3], outward; iso_level the density at which it
-    was cut (1 / scene length); report: plain numbers about how it was made, see `extract_surface`.
+    vertices float32 [V, 3] in scene coordinates; faces int64 [F, 3], outward; iso_level the density at
+    which it was cut (1 / scene length); report: plain numbers about how it was made, see `extract_surface`.
     """
 
     vertices: NDArray[np.float32]
@@ -81,7 +83,7 @@ def vertex_normals(vertices: Floats, faces: Faces) -> NDArray[np.float32]:
 
 
 def open_edge_count(faces: Faces) -> int:
-    """Directed edges that do not have exactly one partner running the other way; 0 means closed and consistent."""
+    """Directed edges without exactly one partner running the other way; 0 means closed and consistent."""
     if len(faces) == 0:
         return 0
     start, end = faces.reshape(-1), np.roll(faces, -1, axis=1).reshape(-1)
@@ -93,11 +95,13 @@ def open_edge_count(faces: Faces) -> int:
 
 
 def component_labels(faces: Faces, num_vertices: int) -> tuple[int, NDArray[np.int32]]:
-    """Number of connected components and the component of each face, [F] (faces that share a vertex belong together)."""
+    """Number of components and the component of each face, [F]; a common vertex connects two faces."""
     if len(faces) == 0:
         return 0, np.zeros(0, np.int32)
     start, end = faces.reshape(-1), np.roll(faces, -1, axis=1).reshape(-1)
-    links = sparse.coo_matrix((np.ones(len(start), np.int8), (start, end)), shape=(num_vertices, num_vertices))
+    links = sparse.coo_matrix(
+        (np.ones(len(start), np.int8), (start, end)), shape=(num_vertices, num_vertices)
+    )
     _, of_vertex = sparse.csgraph.connected_components(links, directed=False)
     used, of_face = np.unique(of_vertex[faces[:, 0]], return_inverse=True)
     return len(used), of_face.astype(np.int32)
@@ -114,9 +118,9 @@ def keep_large_components(
 ) -> tuple[Floats, Faces, dict[str, float]]:
     """Remove floaters, and on request the inner walls of cavities.
 
-    A component stays if its area is at least `min_area_fraction` of the largest one's. A cavity is a component
-    of negative volume: its faces look inward. The largest component always stays. Returns the surface and
-    {"components_found", "floaters_removed", "floater_area_fraction", "cavities_removed"}.
+    A component stays if its area is at least `min_area_fraction` of the largest one's. A cavity is a
+    component of negative volume: its faces look inward. The largest component always stays. Returns the
+    surface and {"components_found", "floaters_removed", "floater_area_fraction", "cavities_removed"}.
     """
     num, label = component_labels(faces, len(vertices))
     area = np.bincount(label, weights=face_areas(vertices, faces), minlength=num)
@@ -154,17 +158,17 @@ def decimate(vertices: Floats, faces: Faces, max_triangles: int) -> tuple[Floats
     """Quadric edge collapse down to at most `max_triangles` (unchanged if it has no more than that)."""
     import fast_simplification
 
-    # the target is missed where the collapses that are left would fold the surface; then a bolder pass is taken
+    # the target is missed where every collapse that is left would fold the surface; then go on bolder
     for aggression in (5, 7, 9):
         if len(faces) <= max_triangles:
             break
-        points, triangles = fast_simplification.simplify(
+        simplified: Any = fast_simplification.simplify(
             np.ascontiguousarray(vertices, dtype=np.float64),
             np.ascontiguousarray(faces, dtype=np.int32),
             target_count=max_triangles,
             agg=aggression,
         )
-        vertices, faces = remove_degenerate_faces(np.asarray(points), np.asarray(triangles).astype(np.int64))
+        vertices, faces = remove_degenerate_faces(simplified[0], simplified[1].astype(np.int64))
     return vertices, faces
 
 
@@ -197,7 +201,7 @@ def remove_degenerate_faces(vertices: Floats, faces: Faces) -> tuple[Floats, Fac
 
 
 def _drop_fins(faces: Faces) -> Faces:
-    """Remove faces that use a vertex twice, pairs of opposite faces on the same vertices, and repeated faces."""
+    """Remove faces that use a vertex twice, opposite faces on the same vertices, and repeated faces."""
     distinct = (faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])
     faces = faces[distinct]
     if len(faces) == 0:

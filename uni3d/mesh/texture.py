@@ -43,15 +43,15 @@ def bake_texture(
 ) -> TexturedMesh:
     """Unwrap `surface` and paint it.
 
-    colour_fn: points float32 [P, 3] on the surface, in scene units on `device` -> colours [P, 3], sRGB display
-    values (clipped to [0, 1]); called without gradients on at most `chunk_size` points at a time.
+    colour_fn: points float32 [P, 3] on the surface, in scene units on `device` -> colours [P, 3], sRGB
+    display values (clipped to [0, 1]); called without gradients on at most `chunk_size` points at a time.
     size: texels a side, a power of two from 64 to 4096. supersample: samples a side per texel, averaged.
-    gutter: distance between charts in texels; the space between them is filled from the nearest chart whatever
-    its width, so that no mip level mixes background into the object.
+    gutter: distance between charts in texels; the space between them is filled from the nearest chart
+    whatever its width, so that no mip level mixes background into the object.
 
-    Adds to the report: unwrap_method, unwrap_seconds, bake_seconds, texture_coverage (share of the texels on a
-    chart), uv_overlap_texels. Raises UsageError for a size out of range, Uni3DError for colours that are not
-    finite.
+    Adds to the report: unwrap_method, unwrap_seconds, bake_seconds, texture_coverage (share of the texels
+    on a chart), uv_overlap_texels. Raises UsageError for a size out of range, Uni3DError for colours that
+    are not finite.
     """
     if size & (size - 1) or not 64 <= size <= 4096:
         raise UsageError(f"texture size is {size}; give a power of two from 64 to 4096")
@@ -97,7 +97,8 @@ def _colours(
         raise ValueError(f"colour_fn gave {tuple(colours.shape)} for {len(points)} points; expected [P, 3]")
     if not bool(torch.isfinite(colours).all()):
         raise Uni3DError(
-            "the field has colours that are not finite, so no texture can be baked; go back to an earlier checkpoint"
+            "the field has colours that are not finite, so no texture can be baked; "
+            "go back to an earlier checkpoint"
         )
     return colours.clamp(0.0, 1.0).cpu().numpy()
 

@@ -1,9 +1,9 @@
 """Texture coordinates for a surface: xatlas in a process of its own, or projection along the axes.
 
 xatlas gives the better charts, but its time grows with the number of triangles and creases and it cannot be
-interrupted, so it runs in a child process with a time limit. The projection atlas needs a second or two whatever
-the surface, and takes over when xatlas is late, fails or is not installed.
-Legend: V vertices, F faces, U vertices of the atlas (V plus copies along seams).
+interrupted, so it runs in a child process with a time limit. The projection atlas needs a second or two
+whatever the surface, and takes over when xatlas is late, fails or is not installed. Legend: V vertices, F
+faces, U vertices of the atlas (V plus copies along seams).
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ MAX_SPLIT_ROUNDS = 12
 class UvAtlas:
     """Where each corner of a surface lies in the texture.
 
-    vertex_of int64 [U] the surface vertex behind each atlas vertex; uv float32 [U, 2] in [0, 1], v down; faces
-    int64 [F, 3] into the atlas vertices, in the order of the surface's faces; method the way it was made;
-    seconds it took.
+    vertex_of int64 [U] the surface vertex behind each atlas vertex; uv float32 [U, 2] in [0, 1], v down;
+    faces int64 [F, 3] into the atlas vertices, in the order of the surface's faces; method the way it was
+    made; seconds it took.
     """
 
     vertex_of: NDArray[np.int64]
@@ -68,8 +68,8 @@ def unwrap(
     """Cut a surface into charts and pack them into a square texture of `size` texels.
 
     vertices float [V, 3], faces int64 [F, 3]. Charts stay about `gutter` texels apart and that far from the
-    border. "auto" tries xatlas for `time_limit_s` seconds and falls back on projection with a warning; "xatlas"
-    raises UsageError where "auto" falls back.
+    border. "auto" tries xatlas for `time_limit_s` seconds and falls back on projection with a warning;
+    "xatlas" raises UsageError where "auto" falls back.
     """
     began = time.monotonic()
     if method not in ("auto", "xatlas", "projection"):
@@ -105,7 +105,15 @@ def _xatlas(
             faces=faces.astype(np.uint32),
         )
         # -P: the folder of the script does not become importable
-        command = [sys.executable, "-P", str(XATLAS_SCRIPT), str(source), str(target), str(size), str(padding)]
+        command = [
+            sys.executable,
+            "-P",
+            str(XATLAS_SCRIPT),
+            str(source),
+            str(target),
+            str(size),
+            str(padding),
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=time_limit_s, check=False)
         except subprocess.TimeoutExpired:
@@ -116,7 +124,11 @@ def _xatlas(
         with np.load(target, allow_pickle=False) as atlas:
             vertex_of, texels = atlas["vertex_of"].astype(np.int64), atlas["uv"].astype(np.float64)
             corners = atlas["faces"].astype(np.int64)
-    if corners.shape != faces.shape or not (vertex_of[corners] == faces).all() or not np.isfinite(texels).all():
+    if (
+        corners.shape != faces.shape
+        or not (vertex_of[corners] == faces).all()
+        or not np.isfinite(texels).all()
+    ):
         return None, "xatlas returned an atlas that does not belong to the surface"
     return (vertex_of, _place(texels, corners, size, gutter), corners), ""
 
@@ -159,7 +171,11 @@ def _project(vertices: NDArray[np.floating], faces: NDArray[np.int64], size: int
     uv = corners.reshape(-1, 2) / size
     key = np.stack([faces.reshape(-1), np.repeat(chart, 3)], axis=1)
     unique, first_use, inverse = np.unique(key, axis=0, return_index=True, return_inverse=True)
-    return unique[:, 0], np.clip(uv[first_use], 0, 1).astype(np.float32), inverse.reshape(-1, 3).astype(np.int64)
+    return (
+        unique[:, 0],
+        np.clip(uv[first_use], 0, 1).astype(np.float32),
+        inverse.reshape(-1, 3).astype(np.int64),
+    )
 
 
 def _face_adjacency(faces: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -180,7 +196,7 @@ def _axis_of_faces(
     neighbours = sparse.csr_matrix((area[both[:, 1]], (both[:, 0], both[:, 1])), shape=(num, num))
     axis = np.argmax(facing, axis=1)
     for _ in range(8):
-        votes = neighbours @ np.eye(len(AXES))[axis]
+        votes = np.asarray(neighbours @ np.eye(len(AXES))[axis])
         votes /= np.maximum(votes.sum(axis=1, keepdims=True), 1e-30)
         axis = np.argmax(np.where(facing >= MIN_FACING, facing + 1.5 * votes, facing - 10.0), axis=1)
     return axis
@@ -190,8 +206,12 @@ def _charts(
     axis: NDArray[np.int64], layer: NDArray[np.int64], adjacency: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Connected pieces of faces with one axis and one layer: the chart of each face."""
-    joined = adjacency[(axis[adjacency[:, 0]] == axis[adjacency[:, 1]]) & (layer[adjacency[:, 0]] == layer[adjacency[:, 1]])]
-    links = sparse.coo_matrix((np.ones(len(joined), np.int8), (joined[:, 0], joined[:, 1])), shape=(len(axis),) * 2)
+    joined = adjacency[
+        (axis[adjacency[:, 0]] == axis[adjacency[:, 1]]) & (layer[adjacency[:, 0]] == layer[adjacency[:, 1]])
+    ]
+    links = sparse.coo_matrix(
+        (np.ones(len(joined), np.int8), (joined[:, 0], joined[:, 1])), shape=(len(axis),) * 2
+    )
     return sparse.csgraph.connected_components(links, directed=False)[1].astype(np.int64)
 
 
@@ -201,7 +221,7 @@ def _merge_small_charts(
     chart: NDArray[np.int64],
     adjacency: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Give tiny charts to the neighbouring chart with the longest common border, where that axis sees them."""
+    """Give tiny charts to the neighbouring chart with the longest common border that can take them."""
     axis = axis.copy()
     for _ in range(4):
         faces_in = np.bincount(chart)
@@ -263,12 +283,15 @@ def _largest_scale(extent: NDArray[np.float64], size: int, gutter: int) -> float
         middle = (low + high) / 2
         low, high = (middle, high) if _rows(extent * middle, size, gutter)[1] <= size else (low, middle)
     if low == 0.0:
-        raise UsageError(f"a texture of {size} texels is too small for the {len(extent)} charts of this mesh; use a larger one")
+        raise UsageError(
+            f"a texture of {size} texels is too small for the {len(extent)} charts of this mesh; "
+            "use a larger one"
+        )
     return low
 
 
 def _rows(extent: NDArray[np.float64], size: int, gutter: int) -> tuple[NDArray[np.float64], float]:
-    """Place rectangles, tallest first, left to right in rows; their upper left corners and the height used."""
+    """Place rectangles, tallest first, left to right in rows; upper left corners and the height used."""
     origin = np.zeros_like(extent)
     order = np.argsort(-extent[:, 1], kind="stable")
     x = y = row_height = gutter / 2

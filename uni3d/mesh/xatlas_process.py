@@ -1,7 +1,7 @@
 """The body of the UV unwrapping process: reads a surface from one .npz file and writes its atlas to another.
 
-Run as a script by `unwrap.py`, which can end it when it takes too long. It imports nothing of this package, so
-that it starts fast, and its working arrays leave memory with it.
+Run as a script by `unwrap.py`, which can end it when it takes too long. It imports nothing of this package,
+so that it starts fast, and its working arrays leave memory with it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def main(source: str, target: str, size: int, padding: int) -> None:
-    """Unwrap `vertices`, `normals`, `faces` of `source`; write `vertex_of` [U], `uv` [U, 2] in texels, `faces`."""
+    """Unwrap vertices, normals, faces of `source`; write vertex_of [U], uv [U, 2] in texels, faces."""
     import xatlas
 
     with np.load(source, allow_pickle=False) as surface:
