@@ -90,7 +90,8 @@ def weighted_ray_sum(weights: Tensor, features: Tensor, segments: Segments) -> T
     Differentiable once.
     """
     if weights.shape[0] == 0:
-        return features.new_zeros(segments.num_rays, features.shape[1])
+        nothing = weights.sum() + features.sum()  # 0, but keeps the picture differentiable
+        return nothing.expand(segments.num_rays, features.shape[1])
     return _WeightedRaySum.apply(weights, features, segments)  # type: ignore[return-value]
 
 
