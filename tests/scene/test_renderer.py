@@ -179,8 +179,8 @@ def test_a_ball_has_the_right_outline_depth_and_normals() -> None:
     seen_radius = 0.35 / (2.0**2 - 0.35**2) ** 0.5 / torch.tan(torch.deg2rad(torch.tensor(20.0))) * 41 / 2
     area = (output.opacity > 0.5).float().sum(dim=(1, 2, 3))
     torch.testing.assert_close(area, torch.full((3,), float(torch.pi * seen_radius**2)), rtol=0.1, atol=0)
-    assert output.opacity[:, :, 0].max() == 0
-    assert output.depth[:, :, 0].max() == 0
+    assert output.opacity[:, :, 0].max() < 1e-6
+    assert output.depth[:, :, 0].max() < 0.01
 
 
 def test_an_empty_view_renders_the_background_and_has_zero_gradient() -> None:
