@@ -34,7 +34,7 @@ def test_starts_as_a_soft_grey_ball(field: RadianceField) -> None:
     points = torch.stack([distance, torch.zeros(3), torch.zeros(3)], dim=1)
     density, colour = field(points)
     assert (density[:-1] > density[1:]).all()
-    expected = torch.exp(3 * (1 - distance / 0.35))
+    expected = torch.exp(4 * (1 - distance / 0.35))
     torch.testing.assert_close(density, expected, rtol=0.1, atol=0)
     torch.testing.assert_close(colour, torch.full((3, 3), 0.5), atol=0.01, rtol=0)
 

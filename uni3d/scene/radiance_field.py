@@ -68,7 +68,7 @@ class RadianceField(nn.Module):
         half_extent: float = DEFAULT_HALF_EXTENT,
         density_activation: DensityActivation = "exp",
         blob_radius: float = 0.35,
-        blob_sharpness: float = 3.0,
+        blob_sharpness: float = 4.0,
         hash_options: Mapping[str, int] | None = None,
         hidden_width: int = 32,
         generator: torch.Generator | None = None,
