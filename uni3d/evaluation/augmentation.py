@@ -32,7 +32,7 @@ def random_warp(
     generator: torch.Generator,
     *,
     max_turn_deg: float = 10.0,
-    zoom_range: tuple[float, float] = (0.75, 1.2),
+    zoom_range: tuple[float, float] = (0.8, 1.3),
     max_stretch: float = 0.12,
     max_shift: float = 0.1,
     max_bend: float = 0.035,
@@ -100,7 +100,7 @@ def random_degradation(images: Tensor, generator: torch.Generator) -> Tensor:
     tint = 1 + 0.03 * torch.randn(num, 3, 1, 1, generator=generator, device=device)
     images = ((images - 0.5) * contrast + 0.5) * brightness * tint
     noise = torch.randn(images.shape, generator=generator, device=device)
-    return (images + noise * amount(0, 0.03)).clamp(0, 1)
+    return (images + noise * amount(0, 0.03) * amount(0, 1)).clamp(0, 1)
 
 
 def augment(rgba: Tensor, generator: torch.Generator) -> Tensor:

@@ -47,11 +47,12 @@ def measure_ceiling(
 ) -> dict[str, Any]:
     """Accuracy on `views` of unseen assets among the benchmark's nouns, as plain JSON values.
 
-    Images are averaged per asset before the bootstrap resamples assets. `noun` counts every image alike per
-    asset, `noun_by_object` averages the probabilities over an asset's views first; `colour_natural` uses the
-    assets' own dominant colour word, `colour_recoloured` paints the main material in random colours; `view`
-    follows `right_view`, `view_with_front` and `view_strict` use the four-way choice for objects with a front
-    and for all objects. `max_views` measures a random subset (for progress reports).
+    Images are averaged per asset before the bootstrap resamples assets. `noun` averages the images of an
+    asset, `noun_macro` those of a noun (captions ask for all nouns alike), and `noun_by_object` averages the
+    probabilities over an asset's views first. `colour_natural` uses the assets' own dominant colour word,
+    `colour_recoloured` paints the main material in random colours. `view` follows `right_view`;
+    `view_with_front` and `view_strict` use the four-way choice for objects with a front and for all objects.
+    `max_views` measures a random subset (for progress reports).
     """
     nouns = evaluator.noun_names
     records = list(views.records)
@@ -62,7 +63,7 @@ def measure_ceiling(
     records = [records[index] for index in keep]
     categories = [record_category(record) or "" for record in records]
     if not records:
-        return {"num_images": 0, "num_assets": 0, "noun": None, "colour_recoloured": None, "view": None}
+        return {"num_images": 0, "num_assets": 0, "noun": None, "noun_macro": None}
     parts: list[ImageOutput] = []
     painted_right: list[tuple[int, float]] = []
     for start in range(0, len(keep), _CHUNK):
@@ -107,7 +108,7 @@ def measure_ceiling(
         "num_nouns": len(set(categories)),
         "noun": rate(where(noun_right, everything)),
         "noun_by_object": _by_object(noun_probabilities, asked_noun, assets, num_bootstrap),
-        "noun_macro": _macro(noun_right, categories),
+        "noun_macro": _macro(noun_right, categories, num_bootstrap),
         "colour_natural": rate(colour),
         "colour_recoloured": rate(painted_right),
         "view": rate(where(right_view(view_probabilities, asked_view, with_front).float(), everything)),
@@ -146,11 +147,12 @@ def _by_object(
     return _as_dict(bootstrap_rate(right, num_resamples=num_bootstrap))
 
 
-def _macro(right: Tensor, categories: Sequence[str]) -> float:
-    """Mean over nouns of the accuracy on each noun's images."""
+def _macro(right: Tensor, categories: Sequence[str], num_bootstrap: int) -> dict[str, Any] | None:
+    """Mean over nouns of the accuracy on each noun's images; the bootstrap resamples nouns."""
     names = np.asarray(categories)
     values = right.numpy()
-    return float(np.mean([values[names == name].mean() for name in dict.fromkeys(categories)]))
+    means = [float(values[names == name].mean()) for name in dict.fromkeys(categories)]
+    return _as_dict(bootstrap_rate(means, num_resamples=num_bootstrap))
 
 
 def _natural_colour_accuracy(
@@ -237,7 +239,7 @@ def _per_noun(
     table: dict[str, dict[str, Any]] = {}
     for name in sorted(set(categories)):
         rows = names == name
-        wrong: list[str] = [nouns[index] for index in predicted[rows].tolist() if nouns[index] != name]
+        wrong = [str(nouns[index]) for index in predicted[rows] if nouns[index] != name]
         table[name] = {
             "accuracy": float(right.numpy()[rows].mean()),
             "images": int(rows.sum()),

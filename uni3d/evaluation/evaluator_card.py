@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _ROWS = (
     ("noun", "right noun among {num}, per image"),
+    ("noun_macro", "the same, all nouns alike"),
     ("noun_by_object", "right noun among {num}, mean probability over an object's views"),
     ("colour_recoloured", "right colour word of 11, main material painted in it"),
     ("colour_natural", "right colour word of 11, the object's own dominant colour"),
@@ -67,7 +68,7 @@ def _accuracy_table(ceiling: dict[str, Any], num_nouns: int) -> list[str]:
         rows.append(f"| {label.format(num=num_nouns)} | {format_rate(rate)} | {number} |")
     floor = ceiling.get("fd_evaluator_floor")
     note = [] if floor is None else ["", f"FD-evaluator between two halves of these assets: {floor:.2f}."]
-    return ["| what | rate | assets |", "|---|---|---|", *rows, *note]
+    return ["| what | rate | assets (nouns) |", "|---|---|---|", *rows, *note]
 
 
 def _noun_table(evaluator: Evaluator, ceiling: dict[str, Any]) -> list[str]:

@@ -161,11 +161,7 @@ def label_words(
     benchmark: list[BenchmarkNoun],
     colour_words: Mapping[str, Sequence[Sequence[float]]],
 ) -> LabelWords:
-    """Collect the classes; UsageError without records."""
-    if not records:
-        raise UsageError(
-            "no views with role 'evaluator' or 'both' to train on; render views for the evaluator first"
-        )
+    """Collect the classes of the training records and the benchmark."""
     nouns = sorted({record.noun for record in records} | {noun.name for noun in benchmark})
     return LabelWords(nouns, benchmark, colour_words)
 

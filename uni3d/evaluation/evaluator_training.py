@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from uni3d.errors import MissingWeightsError, TrainingDiverged, UsageError
-from uni3d.evaluation.benchmark_nouns import choose_benchmark_nouns
+from uni3d.evaluation.benchmark_nouns import NamedRecord, choose_benchmark_nouns, record_category
 from uni3d.evaluation.ceiling import measure_ceiling
 from uni3d.evaluation.evaluator import Evaluator, colour_text, noun_text
 from uni3d.evaluation.evaluator_card import write_card
@@ -81,7 +82,14 @@ def train_evaluator(
     views = load_views(
         Path(views_dir), num_workers=settings.num_workers, limit=settings.limit_views, roles=roles
     )
-    return fit_evaluator(settings, views, output_dir, resume=resume, checkpoint_dir=checkpoint_dir)
+    return fit_evaluator(
+        settings,
+        views,
+        output_dir,
+        resume=resume,
+        checkpoint_dir=checkpoint_dir,
+        library=_read_library(Path(views_dir) / "library.json"),
+    )
 
 
 def fit_evaluator(
@@ -91,16 +99,29 @@ def fit_evaluator(
     *,
     resume: bool = False,
     checkpoint_dir: str | Path | None = None,
+    library: Sequence[NamedRecord] | None = None,
 ) -> dict[str, Any]:
-    """`train_evaluator` for views that are already in memory."""
+    """`train_evaluator` for views that are already in memory.
+
+    `library` names all assets of the data, whoever trains on them: the benchmark's nouns are the most
+    frequent of its categories that there are views to train on. The default takes the views' own records.
+    """
     from uni3d.data.captions import COLOUR_WORDS, sample_caption
 
     output = Path(output_dir)
     started = time.monotonic()
     device = _device(settings.device)
     torch.manual_seed(settings.seed)
-    benchmark = choose_benchmark_nouns(views.records, num=settings.num_benchmark_nouns)
     train_views = select_views(views, TRAINING_ROLES)
+    if not train_views.records:
+        raise UsageError(
+            "no views with role 'evaluator' or 'both' to train on; render views for the evaluator"
+        )
+    benchmark = choose_benchmark_nouns(
+        library or views.records,
+        num=settings.num_benchmark_nouns,
+        among={category for record in train_views.records if (category := record_category(record))},
+    )
     unseen_views = select_views(views, {UNSEEN_ROLE})
     words = label_words(train_views.records, benchmark, COLOUR_WORDS)
     assets, captions = collect_captions(
@@ -143,6 +164,28 @@ def fit_evaluator(
     atomic_write_json(output / "metrics.json", metrics)
     write_card(output / "README.md", evaluator, metrics, train_views.records)
     return metrics
+
+
+@dataclass(frozen=True)
+class _LibraryEntry:
+    """One asset of library.json."""
+
+    asset_id: str
+    name: str
+    noun: str
+
+
+def _read_library(path: Path) -> list[_LibraryEntry] | None:
+    """All assets that the renderer listed beside the shards; None if it wrote no list."""
+    if not path.is_file():
+        return None
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["assets"]
+        return [_LibraryEntry(str(e["asset_id"]), str(e["name"]), str(e["noun"])) for e in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"the list of assets {path} is damaged ({error}); delete it or render again"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -341,7 +384,10 @@ class _Run:
         accuracy = ""
         if unseen_views.records:
             ceiling = measure_ceiling(self.averaged_evaluator(), unseen_views, max_views=_PROGRESS_VIEWS)
-            parts = {name: ceiling[name] for name in ("noun", "colour_recoloured", "view")}
+            parts = {
+                name: ceiling.get(name)
+                for name in ("noun_macro", "noun", "colour_recoloured", "view_with_front", "view")
+            }
             accuracy = " | unseen: " + " ".join(
                 f"{name} {100 * rate['mean']:.1f} %" for name, rate in parts.items() if rate is not None
             )

@@ -327,7 +327,7 @@ def _distance(evaluator: Evaluator, features: Tensor, reference: Tensor | None) 
 
 
 _LABELS = (
-    ("noun", "right object", "noun"),
+    ("noun", "right object", "noun_macro"),
     ("colour", "right colour word", "colour_recoloured"),
     ("view", "right view word (objects without a front: overhead or not)", "view"),
     ("view_with_front", "right view word of 4, objects with a front", "view_with_front"),
