@@ -58,6 +58,8 @@ def test_captions_are_held_out_balanced_and_repeatable() -> None:
     assert not [c for c in captions if c.noun == "chair" and c.colour in ("red", "blue")]
     described = [caption for caption in captions if caption.source == FROM_ASSET]
     assert [(caption.noun, caption.colour) for caption in described] == [("rock", "grey")]
+    known = held_out_captions(NOUNS, [*_records(), record("t2", "rock", "grey", role="teacher")], num=24)
+    assert not [caption for caption in known if caption.source == FROM_ASSET]
     assert all(caption.text.endswith(f", {caption.view} view") for caption in captions)
 
 

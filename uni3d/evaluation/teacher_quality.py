@@ -64,9 +64,10 @@ def held_out_captions(
 ) -> list[TeacherCaption]:
     """Captions spread evenly over nouns and view words that no asset of the teacher's training data fits.
 
-    A caption either describes an asset with role "neither", or combines a noun with a colour that none of the
-    teacher's assets of that noun has. (A teacher trained with recolouring may have met the combination on a
-    recoloured view; hand in `trained_captions` to leave out captions that were trained on word for word.)
+    A caption either describes an asset with role "neither" in words that describe none of the teacher's
+    assets, or combines a noun with a colour that none of the teacher's assets of that noun has. A teacher
+    trained with recolouring may have met either on a recoloured view: hand in `trained_captions` (view words
+    included) to leave out what it was trained on word for word.
     Returns fewer than `num` captions, with a warning, if there are not that many.
     """
     if num < 1:
@@ -81,9 +82,7 @@ def held_out_captions(
     for noun in order:
         new = [colour for colour in BENCHMARK_COLOURS if (noun.name, colour) not in trained_pairs]
         combinations = [(_with_article(f"{colour} {noun.name}"), colour, NEW_COMBINATION) for colour in new]
-        seen_text: set[str] = set()
-        known = [d for d in described[noun.name] if not (d[0] in seen_text or seen_text.add(d[0]))]
-        free[noun.name] = _alternate(_shuffled(known, rng), _shuffled(combinations, rng))
+        free[noun.name] = _alternate(_shuffled(described[noun.name], rng), _shuffled(combinations, rng))
     round_number = 0
     while len(captions) < num and any(free.values()):
         for position, noun in enumerate(order):
@@ -113,19 +112,22 @@ def _survey(
     from uni3d.data.captions import canonical_caption
 
     described: dict[str, list[tuple[str, str | None, str]]] = defaultdict(list)
-    trained: set[tuple[str, str]] = set()
+    trained_pairs: set[tuple[str, str]] = set()
+    trained_texts: set[str] = set()
     for record in assets:
-        category = record_category(record)
+        category, colours = record_category(record), basic_colours(record.colours)
         if category is None:
             continue
-        colours = basic_colours(record.colours)
         if record.role in _TRAINED_ROLES:
-            trained.update((category, colour) for colour in colours)
+            trained_pairs.update((category, colour) for colour in colours)
+            trained_texts.add(canonical_caption(record))
         elif record.role == UNSEEN_ROLE:
             described[category].append(
                 (canonical_caption(record), colours[0] if colours else None, FROM_ASSET)
             )
-    return described, trained
+    for category, entries in described.items():
+        described[category] = sorted({entry for entry in entries if entry[0] not in trained_texts}, key=str)
+    return described, trained_pairs
 
 
 def _with_article(phrase: str) -> str:
