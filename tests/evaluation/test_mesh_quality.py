@@ -131,7 +131,7 @@ def test_a_real_glb_is_rendered_unlit_over_grey(tmp_path: Path) -> None:
     box.export(path)
     rendered = render_mesh(path, evaluation_cameras(SETTINGS)[slice(0, 3)], 32, SETTINGS)
     assert rendered.images.shape == (3, 3, 32, 32)
-    torch.testing.assert_close(rendered.images[0, :, 0, 0], torch.full((3,), 0.5))
+    torch.testing.assert_close(rendered.images[0, :, 0, 0], torch.full((3,), SETTINGS.background))
     torch.testing.assert_close(
         rendered.images[0, :, 16, 16], torch.tensor([0.0, 0.0, 1.0]), atol=0.02, rtol=0
     )

@@ -111,7 +111,7 @@ class MeshQualitySettings:
     """Vertical field of view, degrees."""
     supersample: int = 2
     """Rays per pixel and side."""
-    background: float = 0.5
+    background: float = 0.7
     """Grey level behind the object."""
     min_coverage: float = 0.01
     """A mesh that covers less than this share of the frame, averaged over the views, is empty."""
