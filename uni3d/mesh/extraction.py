@@ -237,7 +237,7 @@ class _Evaluator:
 def _sample_object(
     evaluate: _Evaluator, half_extent: float, resolution: int, iso_level: float | None
 ) -> tuple[DensityGrid, float]:
-    """Look at the whole box coarsely, then sample a fine grid around what is there; also the fog"""
+    """Look at the whole box coarsely, then finely at what is there: the grid and the density of the fog."""
     # One random point per coarse cell, and not the cell's centre: a thin plate that is parallel to an axis
     # could lie between two layers of centres, but not between random points.
     random = np.random.default_rng(0).random((COARSE_RESOLUTION,) * 3 + (3,), dtype=np.float32)

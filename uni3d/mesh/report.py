@@ -34,8 +34,7 @@ LUMINANCE_RANGE = (30.0, 243.0)
 MIN_LARGEST_AREA_FRACTION = 0.98
 MAX_OVERLAP_FRACTION = 1e-4
 MIN_GUTTER_SHARE = 8 / 1024
-MAX_MIP_BLEED = 24.0
-MIP_LEVELS = 4
+MAX_GUTTER_ERROR = 24.0
 
 # a silhouette this good and colours this close: the mesh is what was rendered
 GOOD_IOU, GOOD_PSNR_DB = 0.90, 20.0
@@ -51,9 +50,9 @@ def mesh_report(source: str | Path | TexturedMesh | RenderableMesh) -> dict[str,
     File: file_bytes, extras (GLB), materials. Texture, of the material with the most triangles:
     texture_size, texture_power_of_two, uv_in_range, uv_coverage (share of the texture on triangles),
     uv_overlap_texels, uv_overlap_fraction, uv_mirrored_fraction (area), charts, gutter_texels (smallest
-    distance between charts), mip_bleed (how far a mip level, down to the fourth, strays from the charts'
-    own colours, in display levels, 99th percentile), luminance (1st and 99th percentile); None where there
-    is no texture. problems: one sentence for each thing that is wrong; sound: there is none.
+    distance between charts), gutter_error (how far texels beside charts stray from the charts' colours, in
+    display levels, 90th percentile), luminance (1st and 99th percentile); None where there is no texture.
+    problems: one sentence for each thing that is wrong; sound: there is none.
 
     Raises UsageError for a file that cannot be read.
     """
@@ -187,7 +186,7 @@ def _geometry(mesh: RenderableMesh) -> dict[str, Any]:
 
 def _texture(mesh: RenderableMesh) -> dict[str, Any]:
     keys = "texture_size texture_power_of_two uv_in_range uv_coverage uv_overlap_texels uv_overlap_fraction"
-    keys += " uv_mirrored_fraction charts gutter_texels mip_bleed luminance"
+    keys += " uv_mirrored_fraction charts gutter_texels gutter_error luminance"
     nothing: dict[str, Any] = dict.fromkeys(keys.split())
     counts = np.bincount(mesh.face_material, minlength=len(mesh.materials))
     main = int(np.argmax(counts))
@@ -220,7 +219,7 @@ def _texture(mesh: RenderableMesh) -> dict[str, Any]:
         "uv_overlap_fraction": overlap / max(len(texel), 1),
         "charts": int(chart.max()) + 1,
         "gutter_texels": _gutter(chart_of_texel.reshape(size, size)),
-        "mip_bleed": _mip_bleed(square, covered),
+        "gutter_error": _gutter_error(square, covered),
         "luminance": [float(value) for value in np.quantile(luminance, (0.01, 0.99))],
     }
 
@@ -264,31 +263,21 @@ def _gutter(chart: NDArray[np.int64]) -> int | None:
     return int(smallest)
 
 
-def _mip_bleed(texture: NDArray[np.floating], covered: NDArray[np.bool_]) -> float:
-    """How far box-filtered levels stray from the charts' own colours, 99th percentile, in display levels.
+def _gutter_error(texture: NDArray[np.floating], covered: NDArray[np.bool_]) -> float:
+    """How far the texels beside the charts stray from the charts' own colours, in display levels.
 
-    A texel of a mip level that lies partly on a chart should have the mean colour of its covered texels; what
-    lies beside the chart pulls it away, a little if the gutter is filled and far if it is background.
+    90th percentile over the texels within the gutter, each against the nearest one on a chart.
+    Smaller mip levels mix these texels into the object: hardly anything if they continue it, far if they are
+    background.
     """
-    worst = 0.0
-    colour = texture.astype(np.float64)
-    for level in range(1, MIP_LEVELS + 1):
-        step = 2**level
-        size = len(covered) // step
-        if size < 4:
-            break
-
-        def pool(values: NDArray[np.floating], size: int = size, step: int = step) -> NDArray[np.float64]:
-            trimmed = values[: size * step, : size * step]
-            return trimmed.reshape(size, step, size, step, -1).mean(axis=(1, 3))
-
-        weight = pool(covered.astype(np.float64))[..., 0]
-        # less than a quarter on the chart: hardly any look-up on the chart reads this texel
-        partly = weight >= 0.25
-        own = pool(colour * covered[..., None])[partly] / weight[partly][:, None]
-        error = np.abs(pool(colour)[partly] - own).max(axis=-1) * 255
-        worst = max(worst, float(np.quantile(error, 0.99)) if error.size else 0.0)
-    return worst
+    reach = max(2, round(MIN_GUTTER_SHARE * len(covered)))
+    transform: Any = ndimage.distance_transform_edt(~covered, return_indices=True)
+    distance, nearest = transform
+    beside = (distance > 0) & (distance <= reach)
+    if not covered.any() or not beside.any():
+        return 0.0
+    own = texture[tuple(index[beside] for index in nearest)]
+    return float(np.quantile(np.abs(texture[beside] - own).max(axis=-1) * 255, 0.9))
 
 
 def _stretch(texture: NDArray[np.floating], size: int) -> NDArray[np.floating]:
@@ -354,9 +343,9 @@ def _texture_problems(report: dict[str, Any]) -> list[str]:
                 f"texture coordinates overlap on {report['uv_overlap_texels']} texels",
             ),
             (
-                report["mip_bleed"] > MAX_MIP_BLEED,
-                "colours from beside the charts bleed into smaller mip levels "
-                f"({report['mip_bleed']:.0f} of 255)",
+                report["gutter_error"] > MAX_GUTTER_ERROR,
+                "the texture beside the charts does not continue them, so background bleeds into seams "
+                f"({report['gutter_error']:.0f} of 255)",
             ),
             (
                 gutter is not None and gutter < needed // 2,

@@ -37,7 +37,7 @@ def bake_texture(
     supersample: int = 1,
     gutter: int = 8,
     unwrap_method: UnwrapMethod = "auto",
-    unwrap_time_limit_s: float = 60.0,
+    unwrap_time_limit_s: float = 20.0,
     chunk_size: int = 1 << 17,
     device: torch.device | str = "cpu",
 ) -> TexturedMesh:

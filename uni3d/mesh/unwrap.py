@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from uni3d.errors import UsageError
-from uni3d.mesh.atlas_raster import overlapping_faces
+from uni3d.mesh.atlas_raster import overlapping_faces, rasterise
 from uni3d.mesh.surface import face_areas, face_normals, vertex_normals
 
 logger = logging.getLogger(__name__)
@@ -31,8 +32,10 @@ logger = logging.getLogger(__name__)
 UnwrapMethod = Literal["auto", "xatlas", "projection"]
 
 XATLAS_SCRIPT = Path(__file__).with_name("xatlas_process.py")
-# xatlas packs into a square about a third larger than asked; asking for more keeps the gutter after scaling
-XATLAS_OVERSIZE = 1.3
+# xatlas keeps twice its padding between two charts, in a square about a third larger than asked for
+XATLAS_PADDING_PER_GUTTER = 1.3 / 2
+# an atlas that overlaps on more of its texels, or mirrors more of its area, is not used
+MAX_OVERLAP, MAX_MIRRORED = 1e-4, 0.01
 AXES = np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1]], dtype=np.float64)
 # a face may be projected along an axis it makes at most about 72 degrees with
 MIN_FACING = 0.3
@@ -63,7 +66,7 @@ def unwrap(
     size: int = 1024,
     gutter: int = 8,
     method: UnwrapMethod = "auto",
-    time_limit_s: float = 60.0,
+    time_limit_s: float = 20.0,
 ) -> UvAtlas:
     """Cut a surface into charts and pack them into a square texture of `size` texels.
 
@@ -95,7 +98,7 @@ def _xatlas(
     """Run xatlas in a child process; (atlas, "") or (None, what went wrong)."""
     if importlib.util.find_spec("xatlas") is None:
         return None, "the package xatlas is not installed"
-    padding = round(gutter * XATLAS_OVERSIZE)
+    padding = math.ceil(gutter * XATLAS_PADDING_PER_GUTTER)
     with tempfile.TemporaryDirectory(prefix="uni3d-unwrap-") as folder:
         source, target = Path(folder) / "surface.npz", Path(folder) / "atlas.npz"
         np.savez(
@@ -130,7 +133,28 @@ def _xatlas(
         or not np.isfinite(texels).all()
     ):
         return None, "xatlas returned an atlas that does not belong to the surface"
-    return (vertex_of, _place(texels, corners, size, gutter), corners), ""
+    uv = _place(texels, corners, size, gutter)
+    trouble = _folds(uv[corners], size)
+    return (None, f"xatlas made {trouble}") if trouble else ((vertex_of, uv, corners), "")
+
+
+def _folds(corners: NDArray[np.floating], size: int) -> str:
+    """What is wrong with an atlas whose charts fold over themselves, "" if nothing is."""
+    double_area = _double_areas(corners)
+    mirrored = float(np.maximum(double_area, 0).sum() / max(float(np.abs(double_area).sum()), 1e-12))
+    texel, _, _, overlap = rasterise(corners * size, size, margin=0.0)
+    if overlap > MAX_OVERLAP * len(texel):
+        return f"charts that overlap on {overlap} texels"
+    return (
+        f"charts that are mirrored on {100 * mirrored:.1f} % of their area" if mirrored > MAX_MIRRORED else ""
+    )
+
+
+def _double_areas(corners: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Twice the signed area of triangles [F, 3, 2]; v points down, so it is positive where mirrored."""
+    first = corners[:, 1].astype(np.float64) - corners[:, 0]
+    second = corners[:, 2].astype(np.float64) - corners[:, 0]
+    return first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0]
 
 
 def _place(
@@ -141,10 +165,7 @@ def _place(
     low, high = texels[used].min(axis=0), texels[used].max(axis=0)
     border = gutter / 2
     uv = (border + (texels - low) * ((size - 2 * border) / max(float((high - low).max()), 1e-9))) / size
-    triangle = uv[corners]
-    first, second = triangle[:, 1] - triangle[:, 0], triangle[:, 2] - triangle[:, 0]
-    # With v pointing down, a chart that is not mirrored runs clockwise in (u, v).
-    if (first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0]).sum() > 0:
+    if _double_areas(uv[corners]).sum() > 0:
         uv[:, 1] = 1.0 - uv[:, 1]
     return np.clip(uv, 0.0, 1.0).astype(np.float32)
 

@@ -25,6 +25,8 @@ def main(source: str, target: str, size: int, padding: int) -> None:
     packing.resolution = size
     packing.padding = padding
     packing.create_image = False
+    # xatlas turns charts by swapping their axes, which mirrors the picture on them
+    packing.rotate_charts = False
     atlas.generate(charts, packing)
     if atlas.atlas_count != 1:
         raise SystemExit(f"xatlas made {atlas.atlas_count} atlases instead of one")
