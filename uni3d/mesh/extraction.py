@@ -41,6 +41,7 @@ DensityFunction = Callable[[Tensor], Tensor]
 
 COARSE_RESOLUTION = 64
 NUM_LEVELS = 64
+SLAB_NODES = 1 << 21
 # levels whose silhouettes agree about as well as the best one's count as a draw
 LEVEL_TOLERANCE = 0.01
 # fog: a density that fills most of the occupied box, is thin against the object, and could only look solid
@@ -263,12 +264,17 @@ def _sample_object(
     nodes = [np.arange(math.ceil((high[a] - low[a]) / spacing - 1e-6) + 1) for a in range(3)]
     # equal margins on both sides, and every node inside the box the field is defined on
     origin = np.maximum((low + high) / 2 - spacing * np.array([n[-1] for n in nodes]) / 2, -half_extent)
-    fine_index = np.stack(np.meshgrid(*nodes, indexing="ij"), axis=-1)
-    points = np.minimum(origin + fine_index * spacing, half_extent)
-    near = np.clip(((points + half_extent) / cell).astype(np.int64), 0, COARSE_RESOLUTION - 1)
-    active = occupied[near[..., 0], near[..., 1], near[..., 2]]
-    values = np.zeros(points.shape[:3], np.float32)
-    values[active] = np.maximum(evaluate(points[active]), 0.0)
+    # per axis: coordinates of the nodes and the coarse cell each lies in
+    place = [np.minimum(origin[a] + nodes[a] * spacing, half_extent).astype(np.float32) for a in range(3)]
+    cells = [np.clip((p + half_extent) // cell, 0, COARSE_RESOLUTION - 1).astype(np.int64) for p in place]
+    values = np.zeros([len(p) for p in place], np.float32)
+    # slab by slab: at high resolutions the coordinates need far more memory than the densities
+    slab = max(1, SLAB_NODES // (len(place[1]) * len(place[2])))
+    for start in range(0, len(place[0]), slab):
+        rows = slice(start, start + slab)
+        x, y, z = np.nonzero(occupied[np.ix_(cells[0][rows], cells[1], cells[2])])
+        points = np.stack([place[0][rows][x], place[1][y], place[2][z]], axis=1)
+        values[rows][x, y, z] = np.maximum(evaluate(points), 0.0)
     # a layer of nothing all around, so that what touches the border is closed there
     return DensityGrid(np.pad(values, 1), origin - spacing, spacing), fog_density
 

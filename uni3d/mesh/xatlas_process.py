@@ -22,6 +22,7 @@ def main(source: str, target: str, size: int, padding: int) -> None:
     charts, packing = xatlas.ChartOptions(), xatlas.PackOptions()
     # A second pass over the charts costs as much as the first one and changes them by a few per cent.
     charts.max_iterations = 1
+    charts.fix_winding = True
     packing.resolution = size
     packing.padding = padding
     packing.create_image = False
