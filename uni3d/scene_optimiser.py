@@ -218,7 +218,7 @@ class SceneOptimiser:
         weights = self.config.regularisers
         terms: dict[str, Tensor] = {}
         if (weight := self._value(weights.smoothness)) > 0:
-            terms["smoothness"] = weight * total_variation(self.field)
+            terms["smoothness"] = weight * total_variation(self.field, generator=self.generator)
         if (weight := self._value(weights.opacity_entropy)) > 0:
             terms["opacity_entropy"] = weight * opacity_entropy(output.opacity)
         if (weight := self._value(weights.opacity)) > 0:

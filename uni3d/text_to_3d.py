@@ -26,19 +26,21 @@ from torch import Tensor
 import uni3d
 from uni3d.config import TextTo3DConfig
 from uni3d.config_loader import config_to_dict, config_to_yaml, load_config
-from uni3d.data.captions import unknown_prompt_warning
+from uni3d.data.captions import read_vocabulary, unknown_prompt_warning
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import Uni3DError, UsageError
-from uni3d.mesh.export import TexturedMesh, write_mesh
+from uni3d.mesh.export import write_mesh
 from uni3d.mesh.extraction import extract_surface
 from uni3d.mesh.report import compare_with_field, mesh_report
 from uni3d.mesh.texture import bake_texture
+from uni3d.mesh.textured_mesh import TexturedMesh
 from uni3d.mesh.turntable import render_mesh, write_preview, write_turntable
 from uni3d.outputs import check_output_file
 from uni3d.presets import quality_preset
 from uni3d.prompts import check_prompt, prompt_slug
 from uni3d.resources import weights_folder
 from uni3d.scene.camera import ring_cameras
+from uni3d.scene.regularisers import fog_fraction
 from uni3d.scene_optimiser import SceneOptimiser, resolve_recipe
 from uni3d.training.checkpoint import CheckpointStore, atomic_write, atomic_write_json
 from uni3d.training.run_log import NonFiniteGuard, Progress, RunDirectory
@@ -208,15 +210,8 @@ def build_mesh(optimiser: SceneOptimiser) -> tuple[TexturedMesh, dict[str, Any],
         )
     if comparison.get("verdict") != "match":
         logger.warning("the mesh differs from the field it was cut from: %s", comparison)
-    figures = {"surface": surface.report, "field_match": comparison, "fog": fog_share(rendered.opacity)}
+    figures = {"surface": surface.report, "field_match": comparison, "fog": float(fog_fraction(rendered.opacity))}
     return mesh, figures, seconds
-
-
-def fog_share(opacity: Tensor) -> float:
-    """Share of the silhouette's pixels (opacity above 0.1) that are neither solid nor clear (0.1 to 0.9)."""
-    silhouette = opacity > 0.1
-    fog = silhouette & (opacity < 0.9)
-    return float(fog.sum() / silhouette.sum().clamp(min=1))
 
 
 def _colour_function(optimiser: SceneOptimiser) -> Callable[[Tensor], Tensor]:
@@ -284,7 +279,7 @@ def _open_run(config: TextTo3DConfig) -> tuple[RunDirectory, TextTo3DConfig, boo
 def _load_teacher(config: TextTo3DConfig, device: str) -> LatentDiffusionTeacher:
     if config.teacher == EMBEDDED:
         folder = weights_folder("teacher")
-        warning = unknown_prompt_warning(config.prompt, folder / "vocabulary.json")
+        warning = unknown_prompt_warning(config.prompt, read_vocabulary(folder / "vocabulary.json"))
         if warning:
             logger.warning("%s", warning)
         return LatentDiffusionTeacher.from_pretrained(folder, device=device)

@@ -24,7 +24,7 @@ from uni3d.diffusion.prompt import VIEW_WORDS, PromptContexts
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.losses import recipes
 from uni3d.losses.discriminator import RatioNormaliser, discriminator_loss, log_ratio_from_logits
-from uni3d.losses.fake_score import denoising_score_matching_loss
+from uni3d.losses.fake_score import denoising_loss
 
 
 @dataclass
@@ -221,7 +221,7 @@ class ScoreDistillation:
         if self.fake_score is None:
             return None, None
         trained = self.fake_score.predict_x0(x.detach(), sigma, context, conditioning)
-        loss = denoising_score_matching_loss(trained, x0.detach(), sigma, weighting="v").mean()
+        loss = denoising_loss(trained, x0.detach(), sigma, weighting="v").mean()
         if not (through_networks and self.recipe.needs_fake_jacobian):
             return trained.detach(), loss
         attached = self.fake_score.predict_x0(x, sigma, context, conditioning)
@@ -238,9 +238,8 @@ class ScoreDistillation:
             features = self.teacher.middle_features(x0 + sigma[:, None, None, None] * eps, sigma, context)
         with _frozen(self.discriminator):
             logits = self.discriminator(features, sigma)
-        log_ratio = log_ratio_from_logits(logits, limit=self.max_log_ratio)
+        log_ratio = log_ratio_from_logits(logits, max_abs=self.max_log_ratio)
         if self.normaliser is not None:
-            self.normaliser.update(log_ratio.detach(), sigma)
             log_ratio = self.normaliser(log_ratio, sigma)
         return log_ratio, (logits if adversarial else None)
 
