@@ -36,7 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A randomly initialised teacher of the real classes in the diffusers layout: 16 px images, 4 px latents."""
+    """A randomly initialised teacher of the real classes in the diffusers layout: 16 px images, 4 px
+    latents."""
     from diffusers import StableDiffusionPipeline
 
     from uni3d.diffusion.camera_token import CameraToken

@@ -40,7 +40,8 @@ class GuidanceConfig:
     noise_min: Schedule = ((0.0, 0.49), (0.8, 0.02))
     """Smallest noise level over the run, as a fraction of the teacher's timesteps."""
     variant: Literal["integral", "exact", "four_term", "detached"] = "integral"
-    """Form of uni-instruct: integral needs no network Jacobian; exact and four_term do; detached is as published."""
+    """Form of uni-instruct: integral needs no network Jacobian; exact and four_term do; detached is as
+    published."""
     adversarial_weight: float = 0.0
     """Weight of the GAN term that uni-instruct adds to the score terms; 0 leaves it out."""
     views_per_step: int = 1
@@ -275,7 +276,8 @@ class TextTo3DConfig:
     method: str = "uni-instruct"
     """How the teacher guides: uni-instruct, vsd, sds or another name of `uni3d methods`."""
     divergence: str | None = None
-    """Divergence of methods that leave it open, or a mixture such as "0.4*forward_kl+0.6*reverse_kl"; none: their own."""
+    """Divergence of methods that leave it open, or a mixture such as "0.4*forward_kl+0.6*reverse_kl";
+    none: their own."""
     steps: int = 400
     """Optimisation steps of the field."""
     resume: Path | None = None

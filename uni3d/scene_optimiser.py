@@ -1,10 +1,12 @@
-"""The optimisation loop of text to 3D: a field, the networks that guide it, and everything a checkpoint must hold.
+"""The optimisation loop of text to 3D: a field, the networks that guide it, and everything a checkpoint
+must hold.
 
 One step, left to right:
 
     cameras -> scene.renderer(field) -> images -> training.guidance -> losses -> three optimisers
 
-`SceneOptimiser` is deterministic on a CPU: its state after N steps is bitwise the same whether or not it was saved
+`SceneOptimiser` is deterministic on a CPU: its state after N steps is bitwise the same whether or not it
+was saved
 and restored on the way.
 """
 
@@ -34,6 +36,9 @@ from uni3d.scene.regularisers import opacity_entropy, opacity_sparsity, total_va
 from uni3d.scene.renderer import RenderOutput, render
 from uni3d.training.guidance import GuidanceLosses, RealLatents, ScoreDistillation
 
+# psi = 1 / (1 + r) is bounded and stays near one while the discriminator still tells every render from a sample;
+# forward KL's psi = r starves the student there.
+DEFAULT_DIVERGENCE = "softened_reverse_kl"
 WHITE = 0.95
 GREY = 0.5
 
@@ -106,7 +111,8 @@ class SceneOptimiser:
         self.distillation: ScoreDistillation | None = None
 
     def prepare(self) -> None:
-        """Draw the teacher samples that a discriminator needs and connect the parts; once, before the first step."""
+        """Draw the teacher samples that a discriminator needs and connect the parts; once, before the
+        first step."""
         if self.recipe.needs_discriminator:
             self._build_discriminator(self._draw_real_latents())
         self._connect()
@@ -114,7 +120,9 @@ class SceneOptimiser:
     def _build_discriminator(self, real_latents: RealLatents) -> None:
         settings = self.config.discriminator
         self.real_latents = real_latents
-        self.discriminator = DiscriminatorHead(self.teacher.feature_channels, generator=self.generator).to(self.device)
+        self.discriminator = DiscriminatorHead(self.teacher.feature_channels, generator=self.generator).to(
+            self.device
+        )
         self.normaliser = RatioNormaliser().to(self.device)
         self.discriminator_optimiser = torch.optim.AdamW(
             self.discriminator.parameters(), lr=settings.learning_rate, betas=(0.0, 0.99), fused=True
@@ -157,7 +165,8 @@ class SceneOptimiser:
         return min(self.step_index / self.config.steps, 1.0)
 
     def step(self) -> StepReport:
-        """Render, ask the teacher, move field, fake score and discriminator once. Non-finite gradients move nothing."""
+        """Render, ask the teacher, move field, fake score and discriminator once. Non-finite gradients
+        move nothing."""
         assert self.distillation is not None, "prepare() or load_state_dict() comes first"
         config = self.config
         if self.step_index % config.renderer.occupancy_interval == 0:
@@ -165,6 +174,8 @@ class SceneOptimiser:
         output, losses = self._forward()
         regularisation = self._regularisation(output)
         student = losses.student + sum(regularisation.values(), torch.zeros((), device=self.device))
+        if self._is_warming_up:  # the field waits for the fake score, and so do the terms that would shrink it
+            student = student.detach()
         values = {
             **{name: float(value) for name, value in losses.statistics.items()},
             **{name: float(value.detach()) for name, value in regularisation.items()},
@@ -173,6 +184,10 @@ class SceneOptimiser:
         applied = self._apply(student, losses)
         self.step_index += 1
         return StepReport(values, applied)
+
+    @property
+    def _is_warming_up(self) -> bool:
+        return self.recipe.needs_fake_score and self.step_index < self.config.fake_score.warmup_steps
 
     def _forward(self) -> tuple[RenderOutput, GuidanceLosses]:
         config = self.config
@@ -187,7 +202,8 @@ class SceneOptimiser:
             noise_range=(self._value(config.guidance.noise_min), self._value(config.guidance.noise_max)),
             guidance_scale=self._value(config.guidance.guidance_scale),
             generator=self.generator,
-            train_student=self.step_index >= config.fake_score.warmup_steps or not self.recipe.needs_fake_score,
+            train_student=self.step_index >= config.fake_score.warmup_steps
+            or not self.recipe.needs_fake_score,
         )
         return output, losses
 
@@ -227,7 +243,9 @@ class SceneOptimiser:
 
     # ------------------------------------------------------------------ rendering
 
-    def render(self, cameras: Cameras, size: int, background: Tensor | float, *, training: bool = False) -> RenderOutput:
+    def render(
+        self, cameras: Cameras, size: int, background: Tensor | float, *, training: bool = False
+    ) -> RenderOutput:
         """Render the field for `cameras` at `size` pixels; stratified samples only while training."""
         return render(
             self.field,
@@ -308,16 +326,19 @@ class SceneOptimiser:
 def resolve_recipe(config: TextTo3DConfig) -> recipes.Recipe:
     """The recipe that `config` names; ConfigError if its parts do not fit or it needs more than a prompt."""
     overrides: dict[str, Any] = {}
+    divergence = config.divergence
     if config.method.replace("_", "-") == "uni-instruct":
         overrides["variant"] = config.guidance.variant
         overrides["adversarial_weight"] = config.guidance.adversarial_weight
+        divergence = divergence or DEFAULT_DIVERGENCE
     try:
-        recipe = recipes.get(config.method, divergence=config.divergence, **overrides)
+        recipe = recipes.get(config.method, divergence=divergence, **overrides)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if recipe.required_terms:
         raise ConfigError(
-            f"method '{config.method}' needs {', '.join(recipe.required_terms)}, which a prompt does not give; choose "
+            f"method '{config.method}' needs {', '.join(recipe.required_terms)}, which a prompt does not "
+            f"give; choose "
             "another method, or call uni3d.losses.recipes.generator_loss with your own"
         )
     return recipe
@@ -326,7 +347,8 @@ def resolve_recipe(config: TextTo3DConfig) -> recipes.Recipe:
 def _descend(
     loss: Tensor, optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float
 ) -> bool:
-    """One optimiser step on `loss` unless the loss or a gradient is not finite; returns whether it was made."""
+    """One optimiser step on `loss` unless the loss or a gradient is not finite; returns whether it was
+    made."""
     optimiser.zero_grad(set_to_none=True)
     if not loss.requires_grad:
         return bool(torch.isfinite(loss))

@@ -3,7 +3,8 @@
     pipe = TextTo3DPipeline.from_pretrained("embedded")
     pipe("a red wooden chair", seed=0).save("chair.glb")
 
-`generate` is the same as one command with everything around it: a run directory, progress, checkpoints, signals,
+`generate` is the same as one command with everything around it: a run directory, progress, checkpoints,
+signals,
 resume. The rooms are composed here from left to right, and only here.
 """
 
@@ -96,9 +97,14 @@ class TextTo3DPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path = EMBEDDED, *, device: str = "auto", torch_dtype: torch.dtype = torch.float32
+        cls,
+        name_or_path: str | Path = EMBEDDED,
+        *,
+        device: str = "auto",
+        torch_dtype: torch.dtype = torch.float32,
     ) -> TextTo3DPipeline:
-        """Load a teacher: "embedded", a hub id, or a directory in the diffusers layout; see `LatentDiffusionTeacher`."""
+        """Load a teacher: "embedded", a hub id, or a directory in the diffusers layout; see
+        `LatentDiffusionTeacher`."""
         source = weights_folder("teacher") if str(name_or_path) == EMBEDDED else name_or_path
         chosen, _ = choose_device(device)
         return cls(LatentDiffusionTeacher.from_pretrained(source, device=chosen, dtype=torch_dtype))
@@ -120,7 +126,11 @@ class TextTo3DPipeline:
             config: settings to start from; the defaults otherwise. The other arguments win over it.
             callback_on_step_end: called with the step's index and its numbers; returning False stops early.
         """
-        changes: dict[str, Any] = {"prompt": check_prompt(prompt), "negative_prompt": negative_prompt, "seed": seed}
+        changes: dict[str, Any] = {
+            "prompt": check_prompt(prompt),
+            "negative_prompt": negative_prompt,
+            "seed": seed,
+        }
         if num_steps is not None:
             changes["steps"] = num_steps
         if method is not None:
@@ -136,7 +146,10 @@ class TextTo3DPipeline:
             while optimiser.step_index < settings.steps:
                 report = optimiser.step()
                 guard.check(optimiser.step_index, {"gradient": None if report.finite else float("nan")})
-                if callback_on_step_end and callback_on_step_end(optimiser.step_index, report.values) is False:
+                if (
+                    callback_on_step_end
+                    and callback_on_step_end(optimiser.step_index, report.values) is False
+                ):
                     break
             seconds["optimise"] = time.monotonic() - started
             mesh, mesh_figures, mesh_seconds = build_mesh(optimiser)
@@ -146,7 +159,8 @@ class TextTo3DPipeline:
 
 
 def choose_device(name: str) -> tuple[str, str]:
-    """Resolve "auto" and check the rest: (device, reason). Raises UsageError for a device that is not here."""
+    """Resolve "auto" and check the rest: (device, reason). Raises UsageError for a device that is not
+    here."""
     if name == "auto":
         if torch.cuda.is_available():
             return "cuda", f"auto: {torch.cuda.get_device_name()}"
@@ -158,7 +172,10 @@ def choose_device(name: str) -> tuple[str, str]:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device '{name}' is not on this machine ({torch.cuda.device_count()} CUDA devices); use --device cpu")
+        raise UsageError(
+            f"device '{name}' is not on this machine, which has {torch.cuda.device_count()} CUDA devices; "
+            "use --device cpu"
+        )
     return name, "chosen"
 
 
@@ -210,7 +227,11 @@ def build_mesh(optimiser: SceneOptimiser) -> tuple[TexturedMesh, dict[str, Any],
         )
     if comparison.get("verdict") != "match":
         logger.warning("the mesh differs from the field it was cut from: %s", comparison)
-    figures = {"surface": surface.report, "field_match": comparison, "fog": float(fog_fraction(rendered.opacity))}
+    figures = {
+        "surface": surface.report,
+        "field_match": comparison,
+        "fog": float(fog_fraction(rendered.opacity)),
+    }
     return mesh, figures, seconds
 
 
@@ -237,7 +258,8 @@ def _timed(seconds: dict[str, float], name: str) -> Any:
 def generate(config: TextTo3DConfig) -> GenerateResult:
     """Run `uni3d generate`: optimise, export, and leave one run directory.
 
-    Raises UsageError for bad input before anything is written, Interrupted after a signal once the state is saved.
+    Raises UsageError for bad input before anything is written, Interrupted after a signal once the state
+    is saved.
     """
     run, config, is_resumed = _open_run(config)
     device, reason = choose_device(config.device)
@@ -256,7 +278,8 @@ def generate(config: TextTo3DConfig) -> GenerateResult:
 
 
 def _open_run(config: TextTo3DConfig) -> tuple[RunDirectory, TextTo3DConfig, bool]:
-    """The run's directory and settings, and whether it goes on with an earlier one. Checks come before writing."""
+    """The run's directory and settings, and whether it goes on with an earlier one. Checks come before
+    writing."""
     choose_device(config.device)
     if config.teacher == EMBEDDED:
         weights_folder("teacher")
@@ -315,7 +338,9 @@ def _loop(optimiser: SceneOptimiser, run: RunDirectory, store: CheckpointStore, 
         while optimiser.step_index < config.steps and not stop.is_set:
             started = time.monotonic()
             report = optimiser.step()
-            verdict = guard.check(optimiser.step_index, {"a gradient": None if report.finite else float("nan")})
+            verdict = guard.check(
+                optimiser.step_index, {"a gradient": None if report.finite else float("nan")}
+            )
             if verdict == "rollback":
                 checkpoint = store.load_latest()
                 assert checkpoint is not None, "a checkpoint is written before the first step"
@@ -341,7 +366,8 @@ def _loop(optimiser: SceneOptimiser, run: RunDirectory, store: CheckpointStore, 
 
 
 def _write_interrupted_mesh(optimiser: SceneOptimiser, run: RunDirectory) -> None:
-    """The mesh as it stands, so that a stopped run is not empty-handed; a field without a surface has none yet."""
+    """The mesh as it stands, so that a stopped run is not empty-handed; a field without a surface has none
+    yet."""
     try:
         mesh, _, _ = build_mesh(optimiser)
         write_mesh(mesh, run.path / "mesh.glb", extras=provenance(optimiser.config))
@@ -359,7 +385,9 @@ def _write_results(
 ) -> GenerateResult:
     with _timed(seconds, "export"):
         extras = provenance(config)
-        written = [write_mesh(mesh, run.path / f"mesh.{suffix}", extras=extras) for suffix in config.mesh.formats]
+        written = [
+            write_mesh(mesh, run.path / f"mesh.{suffix}", extras=extras) for suffix in config.mesh.formats
+        ]
         write_preview(mesh, run.path / "preview.png")
         if config.mesh.turntable_frames > 0:
             write_turntable(mesh, run.path / "turntable.mp4", frames=config.mesh.turntable_frames)
@@ -391,5 +419,15 @@ def _deliver(run: RunDirectory, config: TextTo3DConfig, mesh: TexturedMesh, extr
 
 def _fingerprint(config: TextTo3DConfig) -> dict[str, Any]:
     """What must not change between the runs that share checkpoints."""
-    ignored = ("output", "runs_folder", "resume", "overwrite", "quiet", "json", "device", "checkpoints", "mesh")
+    ignored = (
+        "output",
+        "runs_folder",
+        "resume",
+        "overwrite",
+        "quiet",
+        "json",
+        "device",
+        "checkpoints",
+        "mesh",
+    )
     return {key: value for key, value in config_to_dict(config).items() if key not in ignored}

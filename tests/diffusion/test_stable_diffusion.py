@@ -26,7 +26,9 @@ def _noisy(teacher: LatentDiffusionTeacher, num: int = 2) -> tuple[torch.Tensor,
     return torch.randn(num, *teacher.latent_shape, generator=generator) * 2, sigma
 
 
-def test_x0_prediction_matches_the_scheduler(teacher: LatentDiffusionTeacher, tiny_teacher_folder: Path) -> None:
+def test_x0_prediction_matches_the_scheduler(
+    teacher: LatentDiffusionTeacher, tiny_teacher_folder: Path
+) -> None:
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler.from_pretrained(tiny_teacher_folder, subfolder="scheduler")
@@ -97,7 +99,9 @@ def test_fake_score_starts_as_the_teacher_and_leaves_it_alone(teacher: LatentDif
         optimiser.step()
     assert not torch.allclose(fake.predict_x0(x, sigma, context, camera), before, atol=1e-3)
     torch.testing.assert_close(teacher.predict_x0(x, sigma, context), before, rtol=0, atol=0)
-    assert all(parameter.grad is None for name, parameter in teacher.unet.named_parameters() if "lora" not in name)
+    assert all(
+        parameter.grad is None for name, parameter in teacher.unet.named_parameters() if "lora" not in name
+    )
 
 
 def test_fake_score_knows_the_camera_and_its_state_round_trips(teacher: LatentDiffusionTeacher) -> None:

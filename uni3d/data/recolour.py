@@ -5,7 +5,6 @@ Works on whole batches in torch, on any device. Legend: B views, H W pixels.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 # Below this luminance the main colour carries no shading to keep (black leather, dark iron).

@@ -1,6 +1,8 @@
-"""A discriminator head on features of a denoising network: real latents against rendered ones, at a noise level.
+"""A discriminator head on features of a denoising network: real latents against rendered ones, at a noise
+level.
 
-Its logit estimates the log density ratio log(q_t / p_t) that weights the Uni-Instruct gradient (the optimum of the
+Its logit estimates the log density ratio log(q_t / p_t) that weights the Uni-Instruct gradient (the
+optimum of the
 logistic loss, Goodfellow et al. 2014). The features come from the middle block of the frozen teacher, so the
 student's side costs nothing beyond the teacher pass that the score needs anyway.
 """
@@ -12,9 +14,12 @@ from torch import Tensor, nn
 
 
 class DiscriminatorHead(nn.Module):
-    """Features [B, F, h, w] and sigma [B] -> a map of logits [B, 1, h, w]; zero before training, so the ratio is 1."""
+    """Features [B, F, h, w] and sigma [B] -> a map of logits [B, 1, h, w]; zero before training, so the
+    ratio is 1."""
 
-    def __init__(self, feature_channels: int, *, hidden_channels: int = 64, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, feature_channels: int, *, hidden_channels: int = 64, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
         self.normalise = nn.GroupNorm(1, feature_channels, affine=False)
         self.reduce = nn.Conv2d(feature_channels, hidden_channels, kernel_size=1)

@@ -1,8 +1,11 @@
 """The fake score: low-rank adapters on the teacher's own network, told the camera.
 
-The student's score is estimated by the teacher's UNet plus LoRA (Hu et al. 2021) and a camera embedding added to
-the time embedding, as variational score distillation does (Wang et al. 2023, ProlificDreamer, section 4). One copy
-of the base weights serves both: inside `active()` the adapters and the embedding are on, outside the network is
+The student's score is estimated by the teacher's UNet plus LoRA (Hu et al. 2021) and a camera embedding
+added to
+the time embedding, as variational score distillation does (Wang et al. 2023, ProlificDreamer, section 4).
+One copy
+of the base weights serves both: inside `active()` the adapters and the embedding are on, outside the
+network is
 the teacher, bit for bit. Both start as the identity, so before training fake and teacher agree exactly.
 """
 
@@ -63,7 +66,9 @@ class LoRAFakeScore:
             teacher.unet.delete_adapters(ADAPTER_NAME)
         teacher.unet.add_adapter(config, adapter_name=ADAPTER_NAME)
         self._adapters = {
-            name: parameter for name, parameter in teacher.unet.named_parameters() if f".{ADAPTER_NAME}." in name
+            name: parameter
+            for name, parameter in teacher.unet.named_parameters()
+            if f".{ADAPTER_NAME}." in name
         }
         for name, parameter in self._adapters.items():
             if "lora_A" in name:
@@ -86,7 +91,9 @@ class LoRAFakeScore:
     def state_dict(self) -> dict[str, Tensor]:
         """Adapter and camera-embedding tensors by name; a few MB for Stable Diffusion at rank 4."""
         state = {f"adapter.{name}": parameter.detach() for name, parameter in self._adapters.items()}
-        state.update({f"camera.{name}": tensor for name, tensor in self.camera_embedding.state_dict().items()})
+        state.update(
+            {f"camera.{name}": tensor for name, tensor in self.camera_embedding.state_dict().items()}
+        )
         return state
 
     @torch.no_grad()
@@ -116,7 +123,8 @@ class LoRAFakeScore:
             self._switch(False)
 
     def predict_x0(self, x: Tensor, sigma: Tensor, context: Tensor, conditioning: Tensor) -> Tensor:
-        """The student's x0-prediction, float32 [B, C, H, W]; arguments as `LatentDiffusionTeacher.predict_x0`."""
+        """The student's x0-prediction, float32 [B, C, H, W]; arguments as
+        `LatentDiffusionTeacher.predict_x0`."""
         with self.active(conditioning):
             return self.teacher.predict_x0(x, sigma, context)
 

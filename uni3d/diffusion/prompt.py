@@ -51,5 +51,6 @@ class PromptContexts:
         return self.teacher.with_camera(context, conditioning) if self.use_camera else context
 
     def unconditional(self, num: int) -> Tensor:
-        """The negative prompt's context without a camera, [num, L, E]: guidance then sharpens the view as well."""
+        """The negative prompt's context without a camera, [num, L, E]: guidance then sharpens the view as
+        well."""
         return self.negative.expand(num, -1, -1)

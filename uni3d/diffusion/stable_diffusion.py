@@ -1,8 +1,10 @@
 """A text-to-image latent diffusion teacher in the diffusers layout, as an x0-predicting denoiser.
 
-`LatentDiffusionTeacher.from_pretrained` takes a hub id or a local directory (Stable Diffusion, or the embedded
+`LatentDiffusionTeacher.from_pretrained` takes a hub id or a local directory (Stable Diffusion, or the
+embedded
 teacher, which uses the same classes) and offers what score distillation needs: text contexts, image encoding,
-and D(x, sigma, context) -> x0 for x = x0 + sigma * eps. Networks that predict eps or v on a variance-preserving
+and D(x, sigma, context) -> x0 for x = x0 + sigma * eps. Networks that predict eps or v on a
+variance-preserving
 process are converted here, so the losses never see them.
 Legend: B batch, L context tokens, E context channels, C latent channels, H W latent pixels.
 """
@@ -69,7 +71,8 @@ class LatentDiffusionTeacher:
         prediction_type = str(scheduler.config.prediction_type)
         if prediction_type not in PREDICTION_TYPES:
             raise UsageError(
-                f"teacher '{name_or_path}' predicts '{prediction_type}'; this loader knows {PREDICTION_TYPES}: "
+                f"teacher '{name_or_path}' predicts '{prediction_type}'; this loader knows "
+                f"{PREDICTION_TYPES}: "
                 "choose a Stable Diffusion 1.x or 2.x checkpoint"
             )
         camera_folder = source / "camera_token"
@@ -127,13 +130,17 @@ class LatentDiffusionTeacher:
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Text contexts, float [N, L, E]. Longer prompts are cut to the tokenizer's length, with a warning."""
+        """Text contexts, float [N, L, E]. Longer prompts are cut to the tokenizer's length, with a
+        warning."""
         limit = self.tokenizer.model_max_length
         for prompt in prompts:
             length = len(self.tokenizer(prompt).input_ids)
             if length > limit:
                 logger.warning(
-                    "the teacher reads %d tokens; the end of a prompt of %d is ignored: %r", limit, length, prompt
+                    "the teacher reads %d tokens; the end of a prompt of %d is ignored: %r",
+                    limit,
+                    length,
+                    prompt,
                 )
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
@@ -141,7 +148,8 @@ class LatentDiffusionTeacher:
         return self.text_encoder(tokens.input_ids.to(self.device))[0]
 
     def with_camera(self, context: Tensor, conditioning: Tensor) -> Tensor:
-        """Put the camera token into the last slot of `context` [B, L, E]; a teacher without one returns it unchanged.
+        """Put the camera token into the last slot of `context` [B, L, E]; a teacher without one returns it
+        unchanged.
 
         Args:
             conditioning: `Cameras.conditioning()`, float32 [B, 5].
@@ -154,13 +162,16 @@ class LatentDiffusionTeacher:
     # ------------------------------------------------------------------ images
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Latents float32 [B, C, H, W] (the posterior's mean) of images in [0, 1], [B, 3, h, w]; differentiable.
+        """Latents float32 [B, C, H, W] (the posterior's mean) of images in [0, 1], [B, 3, h, w];
+        differentiable.
 
         Images of another size than the teacher's are resized bilinearly first.
         """
         size = self.image_size
         if images.shape[-2:] != (size, size):
-            images = nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+            images = nn.functional.interpolate(
+                images, size=(size, size), mode="bilinear", align_corners=False
+            )
         posterior = self.vae.encode((images * 2 - 1).to(self.dtype)).latent_dist
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         return (posterior.mean.float() - shift) * self.vae.config.scaling_factor
@@ -183,7 +194,9 @@ class LatentDiffusionTeacher:
             context: [B, L, E].
         """
         timestep = self.schedule.timestep(sigma)
-        output = self.unet(self.network_input(x, sigma), timestep, encoder_hidden_states=context.to(self.dtype)).sample.float()
+        output = self.unet(
+            self.network_input(x, sigma), timestep, encoder_hidden_states=context.to(self.dtype)
+        ).sample.float()
         return x0_from_prediction(output, x.float(), sigma.float(), self.prediction_type)
 
     def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -209,7 +222,8 @@ class LatentDiffusionTeacher:
 
     @contextmanager
     def recorded_middle(self) -> Iterator[list[Tensor]]:
-        """Within the block, each pass appends its middle block's output [B, F, h, w]: a discriminator reads it free."""
+        """Within the block, each pass appends its middle block's output [B, F, h, w]: a discriminator
+        reads it free."""
         recorded: list[Tensor] = []
         handle = self.unet.mid_block.register_forward_hook(
             lambda _module, _inputs, output: recorded.append(output.float())
@@ -222,7 +236,9 @@ class LatentDiffusionTeacher:
     def middle_features(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
         """Output of the network's middle block, float32 [B, F, h, w]: the encoder half of one pass."""
         x_vp = self.network_input(x, sigma)
-        return unet_middle_features(self.unet, x_vp, self.schedule.timestep(sigma), context.to(self.dtype)).float()
+        return unet_middle_features(
+            self.unet, x_vp, self.schedule.timestep(sigma), context.to(self.dtype)
+        ).float()
 
     @torch.no_grad()
     def sample(
@@ -234,7 +250,8 @@ class LatentDiffusionTeacher:
         num_steps: int,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw latents [B, C, H, W] for `context` [B, L, E] by deterministic DDIM steps in sigma (Song et al. 2021)."""
+        """Draw latents [B, C, H, W] for `context` [B, L, E] by deterministic DDIM steps in sigma (Song et
+        al. 2021)."""
         shape = (context.shape[0], *self.latent_shape)
         last = self.schedule.num_timesteps - 1
         timesteps = torch.linspace(last, 0, num_steps + 1)[:-1].to(self.device)
@@ -262,7 +279,9 @@ def unet_middle_features(unet: Any, x_vp: Tensor, timestep: Tensor, context: Ten
 
 def _check_directory(source: Path) -> None:
     if not source.is_dir():
-        raise UsageError(f"teacher '{source}' is a file; pass a directory in the diffusers layout or a hub id")
+        raise UsageError(
+            f"teacher '{source}' is a file; pass a directory in the diffusers layout or a hub id"
+        )
     index = source / "model_index.json"
     if not index.is_file():
         raise MissingWeightsError(
@@ -272,11 +291,15 @@ def _check_directory(source: Path) -> None:
     try:
         json.loads(index.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{index}' is damaged ({error}); write the teacher again or pass another one") from error
+        raise UsageError(
+            f"'{index}' is damaged ({error}); write the teacher again or pass another one"
+        ) from error
     for part in ("unet", "vae", "text_encoder"):
         folder = source / part
         if not folder.is_dir():
-            raise MissingWeightsError(f"teacher directory '{source}' lacks '{part}/'; copy the whole model again")
+            raise MissingWeightsError(
+                f"teacher directory '{source}' lacks '{part}/'; copy the whole model again"
+            )
         if list(folder.glob("*.safetensors")):
             continue
         if list(folder.glob("*.bin")) or list(folder.glob("*.ckpt")):
@@ -287,8 +310,12 @@ def _check_directory(source: Path) -> None:
         raise MissingWeightsError(f"'{folder}' holds no .safetensors weights; copy the whole model again")
 
 
-def _load_components(name: str, *, dtype: torch.dtype, revision: str | None, variant: str | None) -> tuple[Any, ...]:
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+def _load_components(
+    name: str, *, dtype: torch.dtype, revision: str | None, variant: str | None
+) -> tuple[Any, ...]:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from safetensors import SafetensorError
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -306,11 +333,14 @@ def _load_components(name: str, *, dtype: torch.dtype, revision: str | None, var
             DDIMScheduler.from_pretrained(name, subfolder="scheduler", **options),
         )
     except SafetensorError as error:
-        raise UsageError(f"the weights of teacher '{name}' are damaged ({error}); copy or download them again") from error
+        raise UsageError(
+            f"the weights of teacher '{name}' are damaged ({error}); copy or download them again"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if Path(name).exists():
             raise UsageError(
-                f"teacher directory '{name}' cannot be loaded ({_first_line(error)}); copy it again or pass another"
+                f"teacher directory '{name}' cannot be loaded ({_first_line(error)}); copy it again or "
+                f"pass another"
             ) from error
         raise MissingWeightsError(_hub_message(name, error)) from error
 
@@ -321,8 +351,10 @@ def _hub_message(name: str, error: Exception) -> str:
     )
     return (
         f"teacher '{name}' is neither a directory here nor could it be loaded from the hub "
-        f"({_first_line(error)}; cache looked in: {cache}). Ways on: pass --teacher DIRECTORY with a local copy; set "
-        "HF_TOKEN if the model is gated, or pass the id of a mirror; or use --teacher embedded, which needs no download."
+        f"({_first_line(error)}; cache looked in: {cache}). Ways on: pass --teacher DIRECTORY with a "
+        f"local copy; set "
+        "HF_TOKEN if the model is gated, or pass the id of a mirror; or use --teacher embedded, which "
+        "needs no download."
     )
 
 

@@ -4,7 +4,8 @@
            -> uni3d.losses -> a loss for the student, one for the fake score, one for the discriminator
 
 Who makes the images is not known here; nothing is optimised here either. The fake score's pass is shared: its
-output serves the student's gradient (detached) and its own denoising score matching loss, which is unbiased because
+output serves the student's gradient (detached) and its own denoising score matching loss, which is
+unbiased because
 the fake score moves only after both.
 Legend: B views, C H W latent channels and pixels.
 """
@@ -26,10 +27,14 @@ from uni3d.losses import recipes
 from uni3d.losses.discriminator import RatioNormaliser, discriminator_loss, log_ratio_from_logits
 from uni3d.losses.fake_score import denoising_loss
 
+# Adam does not feel it; it sets the loss against the regularisers' weights.
+STUDENT_SCALE = 0.1
+
 
 @dataclass
 class GuidanceLosses:
-    """What one step asks for; each loss is a scalar to call `backward` on, or None when that part has no work.
+    """What one step asks for; each loss is a scalar to call `backward` on, or None when that part has no
+    work.
 
     Attributes:
         student: gradient flows to the images only.
@@ -47,7 +52,8 @@ class GuidanceLosses:
 class RealLatents:
     """Samples of the teacher for the prompt, by view word: what the discriminator calls real.
 
-    There is no data set for a prompt, and the ratio's optimum needs samples of the teacher's own distribution, so
+    There is no data set for a prompt, and the ratio's optimum needs samples of the teacher's own
+    distribution, so
     these are drawn once with guidance and kept.
     """
 
@@ -87,7 +93,8 @@ class RealLatents:
         return cls(torch.cat(drawn), view_index, conditioning)
 
     def pick(self, view_words: Sequence[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """For each view a random real latent of the same view word: latents [B, C, H, W], conditioning [B, K].
+        """For each view a random real latent of the same view word: latents [B, C, H, W], conditioning [B,
+        K].
 
         A view word without samples takes any.
         """
@@ -98,7 +105,9 @@ class RealLatents:
                 candidates = torch.arange(len(self.view_index))
             chosen.append(candidates[torch.randint(len(candidates), (1,), generator=generator)])
         index = torch.cat(chosen)
-        return self.latents[index.to(self.latents.device)], self.conditioning[index.to(self.conditioning.device)]
+        return self.latents[index.to(self.latents.device)], self.conditioning[
+            index.to(self.conditioning.device)
+        ]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors to save."""
@@ -131,7 +140,9 @@ class ScoreDistillation:
         if recipe.needs_fake_score and fake_score is None:
             raise ValueError(f"recipe '{recipe.name}' trains a fake score; pass fake_score")
         if recipe.needs_discriminator and (discriminator is None or real_latents is None):
-            raise ValueError(f"recipe '{recipe.name}' reads a density ratio; pass discriminator and real_latents")
+            raise ValueError(
+                f"recipe '{recipe.name}' reads a density ratio; pass discriminator and real_latents"
+            )
         self.teacher = teacher
         self.contexts = contexts
         self.recipe = recipe
@@ -193,7 +204,7 @@ class ScoreDistillation:
                 log_ratio=log_ratio,
                 adversarial_logits=adversarial_logits,
             )
-            student = per_sample.mean() / x0[0].numel() ** 0.5
+            student = STUDENT_SCALE * per_sample.mean()
             statistics["student_loss"] = student.detach()
         else:
             student = torch.zeros((), device=x0.device)
@@ -215,7 +226,13 @@ class ScoreDistillation:
         return self.teacher.schedule.sigma((fraction * last).to(self.teacher.device))
 
     def _fake_score(
-        self, x: Tensor, x0: Tensor, sigma: Tensor, context: Tensor, conditioning: Tensor, through_networks: bool
+        self,
+        x: Tensor,
+        x0: Tensor,
+        sigma: Tensor,
+        context: Tensor,
+        conditioning: Tensor,
+        through_networks: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The fake x0-prediction for the student (None for a Dirac student) and the fake score's own loss."""
         if self.fake_score is None:
@@ -230,7 +247,8 @@ class ScoreDistillation:
     def _ratio(
         self, features: Tensor, x0: Tensor, sigma: Tensor, eps: Tensor, context: Tensor, train_student: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """log(q_t / p_t) per sample, and the logits of the GAN term attached to x0 when the recipe has one."""
+        """log(q_t / p_t) per sample, and the logits of the GAN term attached to x0 when the recipe has
+        one."""
         if self.discriminator is None:
             return None, None
         adversarial = train_student and self.recipe.adversarial_weight > 0
@@ -252,7 +270,9 @@ class ScoreDistillation:
         noise = torch.randn(real.shape, generator=generator).to(real)
         context = self.contexts.conditional(view_words, conditioning)
         with torch.no_grad():
-            real_features = self.teacher.middle_features(real + sigma[:, None, None, None] * noise, sigma, context)
+            real_features = self.teacher.middle_features(
+                real + sigma[:, None, None, None] * noise, sigma, context
+            )
         logits = self.discriminator(torch.cat([real_features, rendered_features]), torch.cat([sigma, sigma]))
         real_logits, rendered_logits = logits.chunk(2)
         return discriminator_loss(real_logits, rendered_logits).mean()
