@@ -36,7 +36,8 @@ from uni3d.scene.regularisers import opacity_entropy, opacity_sparsity, total_va
 from uni3d.scene.renderer import RenderOutput, render
 from uni3d.training.guidance import GuidanceLosses, RealLatents, ScoreDistillation
 
-# psi = 1 / (1 + r) is bounded and stays near one while the discriminator still tells every render from a sample;
+# psi = 1 / (1 + r) is bounded and stays near one while the discriminator still tells every render from a
+# sample;
 # forward KL's psi = r starves the student there.
 DEFAULT_DIVERGENCE = "softened_reverse_kl"
 WHITE = 0.95
@@ -174,7 +175,7 @@ class SceneOptimiser:
         output, losses = self._forward()
         regularisation = self._regularisation(output)
         student = losses.student + sum(regularisation.values(), torch.zeros((), device=self.device))
-        if self._is_warming_up:  # the field waits for the fake score, and so do the terms that would shrink it
+        if self._is_warming_up:  # the field waits, and with it the terms that would shrink it
             student = student.detach()
         values = {
             **{name: float(value) for name, value in losses.statistics.items()},

@@ -1,0 +1,146 @@
+"""The text-to-3D program on a tiny random teacher of the real classes: the loop, its state, its results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from uni3d.config import (
+    DiscriminatorConfig,
+    FakeScoreConfig,
+    FieldConfig,
+    GuidanceConfig,
+    MeshConfig,
+    RendererConfig,
+    TextTo3DConfig,
+)
+from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
+from uni3d.errors import ConfigError, UsageError
+from uni3d.scene_optimiser import SceneOptimiser, resolve_recipe
+from uni3d.text_to_3d import choose_device, generate
+
+
+@pytest.fixture
+def teacher(tiny_teacher_folder: Path) -> LatentDiffusionTeacher:
+    return LatentDiffusionTeacher.from_pretrained(tiny_teacher_folder)
+
+
+def _config(**changes: Any) -> TextTo3DConfig:
+    config = TextTo3DConfig(
+        prompt="a red chair",
+        steps=6,
+        field=FieldConfig(resolutions=(8, 16)),
+        guidance=GuidanceConfig(views_per_step=2),
+        renderer=RendererConfig(resolution=((0.0, 16.0),), samples_per_ray=16, occupancy_interval=2),
+        fake_score=FakeScoreConfig(lora_rank=2, warmup_steps=1),
+        discriminator=DiscriminatorConfig(num_real_samples=4, sampling_steps=2),
+        mesh=MeshConfig(resolution=24, max_triangles=400, texture_size=64, turntable_frames=0),
+        quiet=True,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def _assert_same(left: Any, right: Any, place: str = "") -> None:
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), place
+    elif isinstance(left, Mapping):
+        assert left.keys() == right.keys(), place
+        for key in left:
+            _assert_same(left[key], right[key], f"{place}/{key}")
+    elif isinstance(left, (list, tuple)):
+        for index, pair in enumerate(zip(left, right, strict=True)):
+            _assert_same(*pair, f"{place}/{index}")
+    else:
+        assert left == right, place
+
+
+def _run(config: TextTo3DConfig, folder: Path, *, stop_at: int | None = None) -> dict[str, Any]:
+    """The state after all steps; with `stop_at` the run is saved there and goes on in a new process's place."""
+    from uni3d.training.checkpoint import CheckpointStore
+
+    optimiser = SceneOptimiser(config, LatentDiffusionTeacher.from_pretrained(folder))
+    optimiser.prepare()
+    while optimiser.step_index < config.steps:
+        if optimiser.step_index == stop_at:
+            store = CheckpointStore(folder.parent / f"checkpoints-{config.method}-{stop_at}")
+            store.save(stop_at, optimiser.state_dict())
+            checkpoint = store.load_latest()
+            assert checkpoint is not None
+            optimiser = SceneOptimiser(config, LatentDiffusionTeacher.from_pretrained(folder))
+            optimiser.load_state_dict(checkpoint.state)
+            stop_at = None
+        assert optimiser.step().finite
+    return optimiser.state_dict()
+
+
+@pytest.mark.parametrize("method", ["uni-instruct", "sds"])
+def test_a_resumed_run_ends_in_the_same_state(method: str, tiny_teacher_folder: Path) -> None:
+    config = _config(method=method, steps=4)
+    _assert_same(_run(config, tiny_teacher_folder), _run(config, tiny_teacher_folder, stop_at=2))
+
+
+@pytest.mark.parametrize("variant", ["integral", "exact", "four_term", "detached"])
+def test_every_variant_moves_the_field(variant: Any, teacher: LatentDiffusionTeacher) -> None:
+    guidance = GuidanceConfig(views_per_step=2, variant=variant, adversarial_weight=1e-4)
+    optimiser = SceneOptimiser(_config(guidance=guidance), teacher)
+    before = [parameter.detach().clone() for parameter in optimiser.field.parameters()]
+    optimiser.prepare()
+    for _ in range(3):
+        report = optimiser.step()
+        assert report.finite and "discriminator_loss" in report.values
+    after = list(optimiser.field.parameters())
+    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    optimiser.close()
+
+
+def test_the_field_waits_for_the_fake_score(teacher: LatentDiffusionTeacher) -> None:
+    optimiser = SceneOptimiser(_config(method="vsd"), teacher)
+    optimiser.prepare()
+    before = [parameter.detach().clone() for parameter in optimiser.field.parameters()]
+    optimiser.step()
+    assert all(torch.equal(*pair) for pair in zip(before, optimiser.field.parameters(), strict=True))
+    optimiser.step()
+    assert not all(torch.equal(*pair) for pair in zip(before, optimiser.field.parameters(), strict=True))
+
+
+def test_a_non_finite_gradient_moves_nothing(teacher: LatentDiffusionTeacher) -> None:
+    optimiser = SceneOptimiser(_config(method="sds"), teacher)
+    optimiser.prepare()
+    encode = teacher.encode_images
+    teacher.encode_images = lambda images: encode(images) * float("nan")  # type: ignore[method-assign]
+    before = [parameter.detach().clone() for parameter in optimiser.field.parameters()]
+    assert not optimiser.step().finite
+    assert all(torch.equal(*pair) for pair in zip(before, optimiser.field.parameters(), strict=True))
+
+
+def test_generate_leaves_a_complete_run_directory(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    import trimesh
+
+    output = tmp_path / "chair.glb"
+    config = _config(
+        teacher=str(tiny_teacher_folder), output=output, runs_folder=tmp_path / "runs", device="cpu"
+    )
+    result = generate(config)
+    assert result.output == output
+    names = {path.name for path in result.run_directory.iterdir()}
+    wanted = {"mesh.glb", "preview.png", "config.yaml", "metrics.jsonl", "metrics.json", "checkpoints"}
+    assert wanted <= names
+    assert len((result.run_directory / "metrics.jsonl").read_text().splitlines()) == config.steps
+    mesh = trimesh.load(output, force="mesh")
+    assert 0 < len(mesh.faces) <= 400 and mesh.volume > 0
+    with pytest.raises(UsageError, match="--overwrite"):
+        generate(config)
+
+
+def test_methods_that_need_more_than_a_prompt_and_bad_devices_are_refused() -> None:
+    with pytest.raises(ConfigError, match="reward"):
+        resolve_recipe(_config(method="di-star"))
+    with pytest.raises(ConfigError, match="reverse_kl"):
+        resolve_recipe(_config(method="vsd", divergence="js"))
+    with pytest.raises(UsageError, match="auto, cpu, cuda"):
+        choose_device("abacus")
