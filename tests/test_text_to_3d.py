@@ -60,7 +60,7 @@ def _assert_same(left: Any, right: Any, place: str = "") -> None:
 
 
 def _run(config: TextTo3DConfig, folder: Path, *, stop_at: int | None = None) -> dict[str, Any]:
-    """The state after all steps; with `stop_at` the run is saved there and goes on in a new process's place."""
+    """The state after all steps; `stop_at` saves it there and goes on from the file."""
     from uni3d.training.checkpoint import CheckpointStore
 
     optimiser = SceneOptimiser(config, LatentDiffusionTeacher.from_pretrained(folder))
