@@ -60,7 +60,7 @@ class TextTo3DResult:
     """What one prompt became.
 
     Attributes:
-        mesh: textured, in the unit box, Y up.
+        mesh: textured, Y up, in scene coordinates; `save` fits it into the unit box.
         config: the settings that reproduce it.
         report: figures about mesh and run, JSON-able.
         seconds: wall-clock time by stage.
@@ -225,12 +225,12 @@ def build_mesh(optimiser: SceneOptimiser) -> tuple[TexturedMesh, dict[str, Any],
             mesh_alpha,
             rendered.opacity[:, 0].cpu().numpy(),
         )
-    if comparison.get("verdict") != "match":
-        logger.warning("the mesh differs from the field it was cut from: %s", comparison)
+    if comparison["verdict"] != "match":
+        logger.warning("the mesh differs from the field: %s", comparison["explanation"])
     figures = {
         "surface": surface.report,
         "field_match": comparison,
-        "fog": float(fog_fraction(rendered.opacity)),
+        "fog": fog_fraction(rendered.opacity),
     }
     return mesh, figures, seconds
 
