@@ -13,12 +13,14 @@ import trimesh
 from painted_box import box_density, side_colour
 
 from uni3d.errors import UsageError
+from uni3d.evaluation import mesh_quality
 from uni3d.mesh.atlas_raster import rasterise
 from uni3d.mesh.export import write_glb, write_mesh
 from uni3d.mesh.report import compare_with_field, mesh_report, read_extras
 from uni3d.mesh.textured_mesh import TexturedMesh
 from uni3d.mesh.turntable import render_mesh
 from uni3d.scene.camera import Cameras, ring_cameras
+from uni3d.scene.regularisers import fog_fraction
 
 
 def problems_of(mesh: TexturedMesh) -> str:
@@ -178,6 +180,19 @@ def test_a_foggy_field_is_named_as_the_reason(box_mesh: TexturedMesh) -> None:
     )
     assert result["fog_fraction"] > 0.5
     assert result["verdict"] == "mismatch" and "foggy" in result["explanation"]
+
+
+def test_fog_has_one_meaning() -> None:
+    """Half of the silhouette is half opaque; nothing at all is empty, and not fog."""
+    opacity = torch.zeros(1, 1, 4, 4)
+    opacity[..., :2] = 1.0
+    opacity[..., :2, :2] = 0.5
+    assert fog_fraction(opacity) == fog_fraction(opacity.numpy()) == 0.5
+    assert fog_fraction(torch.zeros(1, 1, 4, 4)) == 0.0
+    for bad in (torch.zeros(0, 4, 4), torch.full((1, 2, 2), torch.nan)):
+        with pytest.raises(UsageError, match="are empty or hold NaN"):
+            fog_fraction(bad)
+    assert mesh_quality.fog_fraction is fog_fraction
 
 
 def test_identical_and_empty_views() -> None:

@@ -27,6 +27,7 @@ from uni3d.evaluation.report import format_rate, markdown_table
 from uni3d.evaluation.settings import MeshQualitySettings
 from uni3d.evaluation.statistics import bootstrap_rate
 from uni3d.evaluation.verdicts import front_quadrants
+from uni3d.mesh.report import fog_fraction
 from uni3d.scene.camera import Cameras
 from uni3d.training.checkpoint import atomic_write_json, atomic_write_text
 
@@ -116,19 +117,6 @@ def render_mesh(path: Path, cameras: Cameras, size: int, settings: MeshQualitySe
         coverage.append(view.alpha)
     stacked = torch.from_numpy(np.stack(images).astype(np.float32)).permute(0, 3, 1, 2)
     return RenderedMesh(stacked.clamp(0, 1), torch.from_numpy(np.stack(coverage).astype(np.float32)))
-
-
-def fog_fraction(opacity: Tensor | np.ndarray, *, low: float = 0.1, high: float = 0.9) -> float:
-    """Share of the silhouette's pixels (opacity above `low`) with opacity below `high`; 0 without silhouette.
-
-    Opacity [V, H, W] in [0, 1]. Edges of a solid object count too, so thin shapes have a floor above zero.
-    """
-    values = torch.as_tensor(opacity).float()
-    if values.numel() == 0 or not bool(torch.isfinite(values).all()):
-        raise UsageError(f"opacity images of shape {tuple(values.shape)} are empty or hold NaN or infinity")
-    silhouette = values > low
-    num = int(silhouette.sum())
-    return float((silhouette & (values < high)).sum()) / num if num else 0.0
 
 
 def evaluate_meshes(

@@ -21,6 +21,7 @@ from uni3d.mesh.atlas_raster import rasterise
 from uni3d.mesh.raycaster import RenderableMesh, load_renderable
 from uni3d.mesh.surface import component_labels, face_areas, open_edge_count, signed_volumes
 from uni3d.mesh.textured_mesh import TexturedMesh
+from uni3d.scene.regularisers import fog_fraction
 
 Images = Tensor | NDArray[np.floating]
 
@@ -38,7 +39,6 @@ MAX_GUTTER_ERROR = 24.0
 
 # a silhouette this good and colours this close: the mesh is what was rendered
 GOOD_IOU, GOOD_PSNR_DB = 0.90, 20.0
-FOG_OPACITY = (0.1, 0.9)
 MAX_FOG_FRACTION = 0.10
 
 
@@ -119,8 +119,7 @@ def compare_with_field(
     )
     error = ((colour_a - colour_b) ** 2).mean(axis=-1)[both]
     psnr = float(-10 * np.log10(max(float(error.mean()), 1e-10))) if error.size else 0.0
-    visible = alpha_b > FOG_OPACITY[0]
-    fog = float((visible & (alpha_b < FOG_OPACITY[1])).sum() / max(int(visible.sum()), 1))
+    fog = fog_fraction(alpha_b)
     figures = {
         "psnr_db": psnr,
         "silhouette_iou": float(iou.mean()),

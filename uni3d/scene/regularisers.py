@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from uni3d.errors import UsageError
@@ -135,14 +137,18 @@ def local_variation(
 
 
 @torch.no_grad()
-def fog_fraction(opacity: Tensor, *, low: float = 0.1, high: float = 0.9) -> float:
-    """Share of the silhouette (opacity > low) that is neither empty nor solid (opacity < high); 0 is crisp.
+def fog_fraction(opacity: Tensor | NDArray[np.floating], *, low: float = 0.1, high: float = 0.9) -> float:
+    """Share of the silhouette (opacity > low) that is not solid (opacity < high), over all images.
 
-    A picture without silhouette counts as fog: 1.
+    Opacities of any shape, in [0, 1]; 0 is crisp. Outlines of a solid object count too, so thin shapes have
+    a floor above zero. A picture without a silhouette holds no fog: 0; emptiness is another question.
+    Raises UsageError for no pixels, NaN or infinity.
     """
-    silhouette = opacity > low
-    num_pixels = int(silhouette.sum())
-    return float((silhouette & (opacity < high)).sum()) / num_pixels if num_pixels else 1.0
+    values = torch.as_tensor(opacity)
+    if values.numel() == 0 or not bool(torch.isfinite(values).all()):
+        raise UsageError(f"opacity images of shape {tuple(values.shape)} are empty or hold NaN or infinity")
+    silhouette = values > low
+    return float((silhouette & (values < high)).sum()) / max(1, int(silhouette.sum()))
 
 
 def _ray_sum(values: Tensor, segments: Segments) -> Tensor:
