@@ -122,7 +122,8 @@ def _glb_materials(glb: _Glb, max_texture: int) -> tuple[list[Material], list[in
             colour = np.array([*linear_to_srgb(factor[:3] + emitted), alpha], dtype=np.float32)
         materials.append(Material(opaque_glass(colour), texture, str(spec.get("name", ""))))
         uv_sets.append(int(uv_set))
-    materials.append(Material(np.array([0.8, 0.8, 0.8, 1.0], dtype=np.float32)))
+    # glTF 2.0, section 3.9: no material means the default one, whose base colour is white
+    materials.append(Material(np.ones(4, dtype=np.float32)))
     uv_sets.append(0)
     return materials, uv_sets
 
