@@ -79,7 +79,8 @@ class LatentDiffusionTeacher:
         camera_token = CameraToken.from_pretrained(camera_folder) if camera_folder.is_dir() else None
         for network in (unet, vae, text_encoder, camera_token):
             if network is not None:
-                network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+                # Module.to itself: diffusers' own warns of modules that want float32, even of none.
+                nn.Module.to(network, device=device, dtype=dtype).eval().requires_grad_(False)
         unet.to(memory_format=torch.channels_last)
         schedule = DiscreteVPSchedule(scheduler.alphas_cumprod.to(device=device, dtype=torch.float32))
         return cls(
@@ -325,13 +326,14 @@ def _load_components(
         weights["variant"] = variant
     text_weights = {key: value for key, value in weights.items() if key != "torch_dtype"}
     try:
-        return (
-            UNet2DConditionModel.from_pretrained(name, subfolder="unet", **weights),
-            AutoencoderKL.from_pretrained(name, subfolder="vae", **weights),
-            CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype, **text_weights),
-            CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options),
-            DDIMScheduler.from_pretrained(name, subfolder="scheduler", **options),
-        )
+        with _without_loading_bars():
+            return (
+                UNet2DConditionModel.from_pretrained(name, subfolder="unet", **weights),
+                AutoencoderKL.from_pretrained(name, subfolder="vae", **weights),
+                CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype, **text_weights),
+                CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options),
+                DDIMScheduler.from_pretrained(name, subfolder="scheduler", **options),
+            )
     except SafetensorError as error:
         raise UsageError(
             f"the weights of teacher '{name}' are damaged ({error}); copy or download them again"
@@ -343,6 +345,20 @@ def _load_components(
                 f"pass another"
             ) from error
         raise MissingWeightsError(_hub_message(name, error)) from error
+
+
+@contextmanager
+def _without_loading_bars() -> Iterator[None]:
+    """transformers draws a bar of its own while it fills a network, beside the program's own progress."""
+    from transformers.utils import logging as transformers_logging
+
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _hub_message(name: str, error: Exception) -> str:
