@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from uni3d.config import (
+    CheckpointsConfig,
     DiscriminatorConfig,
     FakeScoreConfig,
     FieldConfig,
@@ -20,9 +23,9 @@ from uni3d.config import (
     TextTo3DConfig,
 )
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
-from uni3d.errors import ConfigError, UsageError
+from uni3d.errors import ConfigError, TrainingDiverged, UsageError
 from uni3d.scene_optimiser import SceneOptimiser, resolve_recipe
-from uni3d.text_to_3d import choose_device, generate
+from uni3d.text_to_3d import TextTo3DPipeline, _MemoryStore, choose_device, generate
 
 
 @pytest.fixture
@@ -116,6 +119,98 @@ def test_a_non_finite_gradient_moves_nothing(teacher: LatentDiffusionTeacher) ->
     before = [parameter.detach().clone() for parameter in optimiser.field.parameters()]
     assert not optimiser.step().finite
     assert all(torch.equal(*pair) for pair in zip(before, optimiser.field.parameters(), strict=True))
+
+
+def _poison(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[int], bool]) -> list[int]:
+    """Gradients are NaN in the calls of `step` that `is_bad` picks, from 0; returns the steps begun."""
+    step, encode = SceneOptimiser.step, LatentDiffusionTeacher.encode_images
+    begun: list[int] = []
+
+    def counted(self: SceneOptimiser) -> Any:
+        begun.append(self.step_index)
+        return step(self)
+
+    def poisoned(self: LatentDiffusionTeacher, images: torch.Tensor) -> torch.Tensor:
+        return encode(self, images) * (torch.nan if is_bad(len(begun) - 1) else 1.0)
+
+    monkeypatch.setattr(SceneOptimiser, "step", counted)
+    monkeypatch.setattr(LatentDiffusionTeacher, "encode_images", poisoned)
+    return begun
+
+
+@pytest.fixture(params=["generate", "pipeline"])
+def run_to_the_end(
+    request: pytest.FixtureRequest, tiny_teacher_folder: Path, tmp_path: Path
+) -> Callable[[], dict[str, Any]]:
+    """Both ways to run a prompt, six steps of SDS and a state kept after every one: the mesh's figures."""
+    config = _config(
+        method="sds",
+        teacher=str(tiny_teacher_folder),
+        runs_folder=tmp_path,
+        device="cpu",
+        checkpoints=CheckpointsConfig(interval_s=1e-9),
+    )
+    if request.param == "generate":
+        return lambda: generate(config).report
+    pipeline = TextTo3DPipeline(LatentDiffusionTeacher.from_pretrained(tiny_teacher_folder))
+    return lambda: pipeline("a red chair", config=config).report
+
+
+def test_one_bad_step_is_skipped(
+    run_to_the_end: Callable[[], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    begun = _poison(monkeypatch, lambda call: call == 2)
+    assert run_to_the_end()["surface"]["closed"]
+    assert begun == [0, 1, 2, 3, 4, 5]
+    assert "step 3 skipped: a gradient is not finite" in caplog.text
+
+
+def test_three_bad_steps_go_back(
+    run_to_the_end: Callable[[], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """To the state after step 2, the last good one, although one was kept after every step."""
+    begun = _poison(monkeypatch, lambda call: call in (2, 3, 4))
+    assert run_to_the_end()["surface"]["closed"]
+    assert begun == [0, 1, 2, 3, 4, 2, 3, 4, 5]
+    assert "rolling back" in caplog.text
+
+
+def test_bad_steps_for_ever_end_in_one_sentence(
+    run_to_the_end: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = _poison(monkeypatch, lambda call: call >= 2)
+    with pytest.raises(TrainingDiverged, match="lower the learning rates or the guidance scale") as caught:
+        run_to_the_end()
+    assert "\n" not in str(caught.value)
+    assert begun == [0, 1] + 4 * [2, 3, 4]
+
+
+def test_memory_gives_back_what_was_kept(teacher: LatentDiffusionTeacher) -> None:
+    """Also the second time: optimisers go on writing into the tensors that they load."""
+    optimiser = SceneOptimiser(_config(), teacher)
+    optimiser.prepare()
+    for _ in range(2):
+        optimiser.step()
+    store = _MemoryStore()
+    store.save(2, optimiser.state_dict())
+    wanted = copy.deepcopy(optimiser.state_dict())
+    for _ in range(2):
+        optimiser.step()
+        optimiser.load_state_dict(store.load_latest().state)
+        _assert_same(wanted, optimiser.state_dict())
+
+
+def test_a_rollback_leaves_each_step_once_in_the_metrics(
+    tiny_teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _poison(monkeypatch, lambda call: call in (2, 3, 4))
+    config = _config(method="sds", teacher=str(tiny_teacher_folder), runs_folder=tmp_path, device="cpu")
+    rows = (generate(config).run_directory / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
 def test_generate_leaves_a_complete_run_directory(tiny_teacher_folder: Path, tmp_path: Path) -> None:

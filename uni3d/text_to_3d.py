@@ -10,6 +10,7 @@ resume. The rooms are composed here from left to right, and only here.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -125,6 +126,9 @@ class TextTo3DPipeline:
         Args:
             config: settings to start from; the defaults otherwise. The other arguments win over it.
             callback_on_step_end: called with the step's index and its numbers; returning False stops early.
+
+        Steps whose gradients are not finite are skipped; after three in a row the run goes back to the last
+        state that was kept. Raises TrainingDiverged if that does not help.
         """
         changes: dict[str, Any] = {
             "prompt": check_prompt(prompt),
@@ -142,15 +146,9 @@ class TextTo3DPipeline:
             optimiser.prepare()
             seconds = {"prepare": time.monotonic() - started}
             started = time.monotonic()
-            guard = NonFiniteGuard()
-            while optimiser.step_index < settings.steps:
-                report = optimiser.step()
-                guard.check(optimiser.step_index, {"gradient": None if report.finite else float("nan")})
-                if (
-                    callback_on_step_end
-                    and callback_on_step_end(optimiser.step_index, report.values) is False
-                ):
-                    break
+            store = _MemoryStore()
+            store.save(0, optimiser.state_dict())
+            take_steps(optimiser, store, on_step=callback_on_step_end)
             seconds["optimise"] = time.monotonic() - started
             mesh, mesh_figures, mesh_seconds = build_mesh(optimiser)
         finally:
@@ -192,6 +190,75 @@ def provenance(config: TextTo3DConfig) -> dict[str, Any]:
         "teacher": config.teacher if config.teacher == EMBEDDED else Path(config.teacher).name,
         "torch": torch.__version__,
     }
+
+
+# ---------------------------------------------------------------------- the steps
+
+
+class _SavedState(Protocol):
+    @property
+    def state(self) -> Any: ...
+
+
+class StateStore(Protocol):
+    """Where `take_steps` keeps states to go back to: a `CheckpointStore`, or memory."""
+
+    def save(self, step: int, state: Any) -> object:
+        """Keep `state`, nested dicts of tensors and plain data, as it is now."""
+        ...
+
+    def load_latest(self) -> _SavedState | None:
+        """The state that was kept last."""
+        ...
+
+
+@dataclass
+class _MemoryStore:
+    """Keeps one state. Copies both ways: optimisers write in place into the tensors they are handed."""
+
+    state: Any = None
+
+    def save(self, step: int, state: Any) -> None:
+        self.state = copy.deepcopy(state)
+
+    def load_latest(self) -> _MemoryStore:
+        return _MemoryStore(copy.deepcopy(self.state))
+
+
+def take_steps(
+    optimiser: SceneOptimiser,
+    store: StateStore,
+    *,
+    on_step: Callable[[int, Mapping[str, float]], object] | None = None,
+    on_rollback: Callable[[int], object] | None = None,
+) -> None:
+    """Take the steps that are left, keeping the state every `config.checkpoints.interval_s` seconds.
+
+    The store must hold a state already. A step that is not finite moves nothing; three in a row go back to
+    the state kept last, and `on_rollback` is told its step. `on_step` gets the index and numbers of every
+    other step; returning False ends the loop. Raises TrainingDiverged when going back did not help.
+    """
+    config = optimiser.config
+    guard = NonFiniteGuard()
+    kept_at = time.monotonic()
+    while optimiser.step_index < config.steps:
+        report = optimiser.step()
+        verdict = guard.check(optimiser.step_index, {"a gradient": None if report.finite else float("nan")})
+        if verdict == "rollback":
+            kept = store.load_latest()
+            assert kept is not None, "a state is kept before the first step"
+            optimiser.load_state_dict(kept.state)
+            # The noise differs the second time, or the same numbers would come again.
+            optimiser.generator.manual_seed(config.seed + 1_000_003 * guard.num_rollbacks)
+            if on_rollback is not None:
+                on_rollback(optimiser.step_index)
+            continue
+        if on_step is not None and on_step(optimiser.step_index, report.values) is False:
+            return
+        # Running averages take part in a step that is skipped, so only the state after a good one is kept.
+        if verdict == "ok" and time.monotonic() - kept_at >= config.checkpoints.interval_s:
+            store.save(optimiser.step_index, optimiser.state_dict())
+            kept_at = time.monotonic()
 
 
 # ---------------------------------------------------------------------- field to mesh
@@ -332,29 +399,22 @@ def _optimise(
 
 def _loop(optimiser: SceneOptimiser, run: RunDirectory, store: CheckpointStore, stop: StopFlag) -> None:
     config = optimiser.config
-    guard = NonFiniteGuard()
-    saved_at = time.monotonic()
     with Progress(config.steps, start=optimiser.step_index, label="optimise", quiet=config.quiet) as progress:
-        while optimiser.step_index < config.steps and not stop.is_set:
+        started = time.monotonic()
+
+        def on_step(step: int, values: Mapping[str, float]) -> bool:
+            nonlocal started
+            run.log_metrics(step, {**values, "seconds": round(time.monotonic() - started, 4)})
+            progress.update(loss=values.get("student_loss", 0.0))
             started = time.monotonic()
-            report = optimiser.step()
-            verdict = guard.check(
-                optimiser.step_index, {"a gradient": None if report.finite else float("nan")}
-            )
-            if verdict == "rollback":
-                checkpoint = store.load_latest()
-                assert checkpoint is not None, "a checkpoint is written before the first step"
-                # The noise differs the second time, or the same numbers would come again.
-                optimiser.load_state_dict(checkpoint.state)
-                optimiser.generator.manual_seed(config.seed + 1_000_003 * guard.num_rollbacks)
-                run.truncate_metrics(optimiser.step_index)
-                continue
-            duration = time.monotonic() - started
-            run.log_metrics(optimiser.step_index, {**report.values, "seconds": round(duration, 4)})
-            progress.update(loss=report.values.get("student_loss", 0.0))
-            if time.monotonic() - saved_at >= config.checkpoints.interval_s:
-                store.save(optimiser.step_index, optimiser.state_dict())
-                saved_at = time.monotonic()
+            return not stop.is_set
+
+        def on_rollback(step: int) -> None:
+            run.truncate_metrics(step)
+            progress.update(step - progress.done)
+
+        if not stop.is_set:
+            take_steps(optimiser, store, on_step=on_step, on_rollback=on_rollback)
     if optimiser.step_index < config.steps:
         store.save(optimiser.step_index, optimiser.state_dict())
         _write_interrupted_mesh(optimiser, run)
