@@ -19,8 +19,10 @@ from uni3d.evaluation.settings import EvaluatorSettings
 
 TINY = EvaluatorSettings(
     image_size=32,
-    stage_channels=(16, 24),
-    stage_blocks=(1, 1),
+    input_size=32,
+    stage_channels=(16, 16, 24),
+    stage_blocks=(1, 1, 1),
+    view_hidden=16,
     embedding_size=16,
     text_width=16,
     text_layers=1,
@@ -29,6 +31,7 @@ TINY = EvaluatorSettings(
     max_minutes=None,
     batch_size=24,
     learning_rate=6e-3,
+    tower_learning_rate=6e-3,
     warmup_steps=4,
     ema_decay=0.85,
     recolour_probability=0.0,
@@ -80,7 +83,7 @@ def test_saving_and_loading_keeps_the_scores(trained: tuple[Path, dict], tmp_pat
     torch.testing.assert_close(again.image_features(images), evaluator.image_features(images))
     torch.testing.assert_close(again.text_features(["a red crate"]), evaluator.text_features(["a red crate"]))
     assert again.noun_names == ["crate", "planet"]
-    assert evaluator.encode(images[:0]).features.shape == (0, 48)
+    assert evaluator.encode(images[:0]).features.shape == (0, 96)
     mirrored = evaluator.view_probabilities(images.flip(-1))
     torch.testing.assert_close(mirrored, evaluator.view_probabilities(images))
 

@@ -32,9 +32,9 @@ def random_warp(
     generator: torch.Generator,
     *,
     max_turn_deg: float = 10.0,
-    zoom_range: tuple[float, float] = (0.8, 1.3),
-    max_stretch: float = 0.12,
-    max_shift: float = 0.1,
+    zoom_range: tuple[float, float] = (0.65, 1.4),
+    max_stretch: float = 0.15,
+    max_shift: float = 0.15,
     max_bend: float = 0.035,
 ) -> Tensor:
     """Mirror, turn, zoom, stretch, shift and bend premultiplied RGBA [B, 4, H, W]; outside is transparent.

@@ -50,7 +50,7 @@ class Evaluator:
     @property
     def device(self) -> torch.device:
         """Where the weights are and where images are moved to."""
-        return self.network.view_head.weight.device
+        return self.network.image_projection.weight.device
 
     @property
     def noun_names(self) -> list[str]:

@@ -47,10 +47,11 @@ from uni3d.evaluation.evaluator_losses import (
     soft_cross_entropy,
     view_loss,
 )
+from uni3d.evaluation.image_tower import EfficientNetTower, read_tower, start_from, tower_credit
 from uni3d.evaluation.network import EvaluatorNetwork, NetworkConfig
 from uni3d.evaluation.settings import EvaluatorSettings
 from uni3d.evaluation.vocabulary import PADDING, Vocabulary
-from uni3d.training.checkpoint import atomic_write, atomic_write_json
+from uni3d.training.checkpoint import atomic_write, atomic_write_json, atomic_write_text
 
 if TYPE_CHECKING:
     from uni3d.data.view_shards import Views
@@ -78,6 +79,8 @@ def train_evaluator(
     """
     from uni3d.data.view_shards import load_views
 
+    if settings.initial_tower is not None:
+        read_tower(settings.initial_tower)  # A bad file is refused before the views are read.
     roles = sorted(TRAINING_ROLES | {UNSEEN_ROLE})
     views = load_views(
         Path(views_dir), num_workers=settings.num_workers, limit=settings.limit_views, roles=roles
@@ -156,6 +159,7 @@ def fit_evaluator(
             "assets": len(assets),
             "nouns": len(words.nouns),
             "parameters": sum(parameter.numel() for parameter in run.network.parameters()),
+            "initial_tower": settings.initial_tower.name if settings.initial_tower else None,
         },
         "ceiling": measure_ceiling(evaluator, unseen_views) if unseen_views.records else None,
     }
@@ -163,6 +167,9 @@ def fit_evaluator(
         logger.warning("no views with role 'neither': the evaluator's own accuracy stays unknown")
     atomic_write_json(output / "metrics.json", metrics)
     write_card(output / "README.md", evaluator, metrics, train_views.records)
+    if settings.initial_tower is not None:
+        credit = tower_credit(settings.initial_tower)
+        atomic_write_text(output / "README.md", (output / "README.md").read_text(encoding="utf-8") + credit)
     return metrics
 
 
@@ -228,14 +235,19 @@ class _Run:
             max_words=settings.max_words,
             vocabulary_size=len(vocabulary),
             dropout=settings.dropout,
+            tower="efficientnet_lite",
+            input_size=settings.input_size,
+            view_hidden=settings.view_hidden,
         )
         self.network = EvaluatorNetwork(config).to(device)
+        tower = self.network.image_tower
+        if settings.initial_tower is not None and isinstance(tower, EfficientNetTower):
+            start_from(tower, settings.initial_tower)
         if device.type == "cuda":
             self.network = self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.averaged = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
         self.optimiser = torch.optim.AdamW(
-            _parameter_groups(self.network, settings.weight_decay),
-            lr=settings.learning_rate,
+            _parameter_groups(self.network, settings),
             betas=(0.9, 0.98),
             fused=device.type == "cuda",
         )
@@ -302,9 +314,9 @@ class _Run:
     def _step(self, batch: EvaluatorBatch) -> dict[str, Tensor]:
         settings = self.settings
         warmup = min(1.0, (self.step + 1) / max(settings.warmup_steps, 1))
-        rate = settings.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(self.progress(), 1.0)))
+        share = warmup * 0.5 * (1 + math.cos(math.pi * min(self.progress(), 1.0)))
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = share * group["peak"]
         losses = self._losses(batch)
         total = losses["total"]
         self.optimiser.zero_grad(set_to_none=True)
@@ -456,12 +468,20 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels only."""
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+def _parameter_groups(network: EvaluatorNetwork, settings: EvaluatorSettings) -> list[dict[str, Any]]:
+    """A learning rate of its own for the image tower; weight decay for matrices and kernels only."""
+    tower = list(network.image_tower.parameters())
+    of_tower = set(map(id, tower))
+    others = [parameter for parameter in network.parameters() if id(parameter) not in of_tower]
     return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for p in parameters if (p.dim() > 1) == is_matrix],
+            "lr": peak,
+            "peak": peak,
+            "weight_decay": settings.weight_decay if is_matrix else 0.0,
+        }
+        for parameters, peak in ((tower, settings.tower_learning_rate), (others, settings.learning_rate))
+        for is_matrix in (True, False)
     ]
 
 

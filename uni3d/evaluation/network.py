@@ -1,19 +1,21 @@
-"""The evaluator's network: a residual image tower, a small text transformer and a view classifier.
+"""The evaluator's network: an image tower, a small text transformer and a view classifier.
 
 Images and texts meet in one embedding space; nouns, colours and captions are classified by comparing an image
-with texts, each with its own temperature. Views have a linear head of their own.
+with texts, each with its own temperature. Views have a head of their own.
 Legend: B batch, H W pixels, L words, F pooled features, E embedding.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from uni3d.errors import UsageError
+from uni3d.evaluation.image_tower import EfficientNetTower
 from uni3d.evaluation.vocabulary import PADDING
 
 VIEW_WORDS: tuple[str, ...] = ("front", "side", "back", "overhead")
@@ -34,6 +36,11 @@ class NetworkConfig:
     max_words: int
     vocabulary_size: int
     dropout: float = 0.0
+    tower: Literal["residual", "efficientnet_lite"] = "residual"
+    input_size: int | None = None
+    """Side to which the image tower resamples its images first; None takes them as they are."""
+    view_hidden: int = 0
+    """Width of the view head's hidden layer; 0 makes the head linear."""
 
     def __post_init__(self) -> None:
         if len(self.stage_channels) != len(self.stage_blocks) or not self.stage_channels:
@@ -91,7 +98,7 @@ class _ResidualBlock(nn.Module):
         return functional.silu(self.body(x) + self.shortcut(x))
 
 
-class ImageTower(nn.Module):
+class ResidualTower(nn.Module):
     """Images [B, 3, H, W] in [0, 1] to pooled features [B, F]: mean and maximum over the last feature map."""
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -148,6 +155,23 @@ class TextTower(nn.Module):
         return self.norm(((x * keep).sum(1) / keep.sum(1).clamp_min(1)).float())
 
 
+def _image_tower(config: NetworkConfig) -> ResidualTower | EfficientNetTower:
+    if config.tower == "residual":
+        return ResidualTower(config)
+    return EfficientNetTower(
+        stage_channels=config.stage_channels,
+        stage_blocks=config.stage_blocks,
+        input_size=config.input_size,
+    )
+
+
+def _view_head(num_features: int, hidden: int) -> nn.Module:
+    """Features [B, F] to view logits [B, 4]; a hidden layer lets the front depend on what the object is."""
+    if not hidden:
+        return nn.Linear(num_features, len(VIEW_WORDS))
+    return nn.Sequential(nn.Linear(num_features, hidden), nn.GELU(), nn.Linear(hidden, len(VIEW_WORDS)))
+
+
 @dataclass(frozen=True)
 class ImageOutput:
     """What the image side computes: pooled features [B, F], unit embedding [B, E], view logits [B, 4]."""
@@ -163,12 +187,12 @@ class EvaluatorNetwork(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_tower = ImageTower(config)
+        self.image_tower = _image_tower(config)
         self.text_tower = TextTower(config)
         self.dropout = nn.Dropout(config.dropout)
         self.image_projection = nn.Linear(self.image_tower.num_features, config.embedding_size)
         self.text_projection = nn.Linear(config.text_width, config.embedding_size)
-        self.view_head = nn.Linear(self.image_tower.num_features, len(VIEW_WORDS))
+        self.view_head = _view_head(self.image_tower.num_features, config.view_hidden)
         self.log_scales = nn.ParameterDict(
             {kind: nn.Parameter(torch.tensor(2.3)) for kind in ("noun", "colour", "caption")}
         )

@@ -7,6 +7,7 @@ minutes, whichever is nearer to its end.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,16 @@ class EvaluatorSettings:
 
     image_size: int = 128
     """Side of the square images, pixels."""
-    stage_channels: tuple[int, ...] = (64, 128, 224, 320)
-    """Channels of the image tower per stage; each stage halves the side, the first works at a quarter."""
-    stage_blocks: tuple[int, ...] = (2, 2, 3, 2)
-    """Residual blocks per stage."""
+    initial_tower: Path | None = None
+    """File of ImageNet weights that the image tower starts from, .safetensors; none starts at random."""
+    input_size: int = 192
+    """Side to which the image tower enlarges its images, pixels; larger feature maps cost more time."""
+    stage_channels: tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
+    """Channels of the image tower per stage, at most seven; the values of EfficientNet-Lite0."""
+    stage_blocks: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
+    """Blocks per stage; the values of EfficientNet-Lite0."""
+    view_hidden: int = 256
+    """Width of the hidden layer of the view classifier; 0 makes it linear."""
     embedding_size: int = 256
     """Length of the vectors in which images and texts are compared."""
     text_width: int = 192
@@ -32,23 +39,25 @@ class EvaluatorSettings:
 
     steps: int = 6000
     """Length of the run in steps."""
-    max_minutes: float | None = 2.0
+    max_minutes: float | None = 3.5
     """Length of the run in wall-clock minutes, if they pass before the steps do; none sets no limit."""
-    batch_size: int = 384
+    batch_size: int = 256
     """Images per step."""
-    learning_rate: float = 2e-3
-    """Peak AdamW learning rate; falls on a cosine to zero."""
+    learning_rate: float = 1.5e-3
+    """Peak AdamW learning rate of all but the image tower; falls on a cosine to zero."""
+    tower_learning_rate: float = 3e-4
+    """The same of the image tower: lower, so that what it learnt on ImageNet lasts."""
     weight_decay: float = 0.05
     """AdamW weight decay of matrices and kernels."""
     warmup_steps: int = 200
-    """Steps in which the learning rate rises to its peak."""
+    """Steps in which the learning rates rise to their peak."""
     gradient_clip: float = 2.0
     """Larger gradients are scaled down to this norm."""
     ema_decay: float = 0.998
     """Decay per step of the averaged weights, the ones that are saved."""
-    label_smoothing: float = 0.05
+    label_smoothing: float = 0.1
     """Share of each target spread over the other classes."""
-    dropout: float = 0.1
+    dropout: float = 0.2
     """Dropout of the pooled image features while training."""
     category_balance: float = 0.5
     """Assets are drawn with a weight of (assets of the same category)^-balance: rare ones are seen too."""
@@ -60,7 +69,7 @@ class EvaluatorSettings:
     """Loss weight: the right category among the benchmark's nouns."""
     colour_weight: float = 1.0
     """Loss weight: the right colour word."""
-    view_weight: float = 1.0
+    view_weight: float = 1.5
     """Loss weight: the right view word."""
     caption_weight: float = 0.3
     """Loss weight: image against full caption, contrastive within the batch."""

@@ -1,0 +1,150 @@
+"""The image tower's shapes and paddings, and the ImageNet weights that it starts from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_fixtures import painted_views
+from safetensors.torch import save_file
+from torch.nn import functional
+
+from uni3d.errors import UsageError
+from uni3d.evaluation.evaluator_training import fit_evaluator, train_evaluator
+from uni3d.evaluation.image_tower import EfficientNetTower, start_from
+from uni3d.evaluation.settings import EvaluatorSettings
+
+TINY = EvaluatorSettings(
+    image_size=32,
+    input_size=48,
+    stage_channels=(8, 12, 16),
+    stage_blocks=(1, 2, 1),
+    view_hidden=8,
+    embedding_size=16,
+    text_width=16,
+    text_layers=1,
+    text_heads=2,
+    steps=1,
+    max_minutes=None,
+    batch_size=4,
+    learning_rate=1e-9,
+    tower_learning_rate=1e-9,
+    save_seconds=1e9,
+    device="cpu",
+)
+
+
+def tiny_tower(seed: int = 0, input_size: int | None = 48) -> EfficientNetTower:
+    torch.manual_seed(seed)
+    tower = EfficientNetTower(
+        stage_channels=TINY.stage_channels, stage_blocks=TINY.stage_blocks, input_size=input_size
+    )
+    return tower.eval()
+
+
+def save_tower(tower: EfficientNetTower, path: Path) -> Path:
+    state = {name: value for name, value in tower.state_dict().items() if not name.startswith("norm.")}
+    save_file({name: value.half() if value.dim() > 1 else value for name, value in state.items()}, path)
+    return path
+
+
+def test_the_defaults_are_efficientnet_lite0() -> None:
+    defaults = EvaluatorSettings()
+    tower = EfficientNetTower(
+        stage_channels=defaults.stage_channels, stage_blocks=defaults.stage_blocks, input_size=64
+    )
+    convolutions = sum(value.numel() for name, value in tower.named_parameters() if "norm" not in name)
+    assert convolutions == 4_652_008 - 1280 * 1000 - 1000  # Lite0 without its classifier of 1000 classes
+    assert tower.eval()(torch.rand(2, 3, 128, 128)).shape == (2, 1280)
+    assert tower.feature_map(torch.rand(1, 3, 64, 64)).shape == (1, 1280, 2, 2)
+
+
+def test_images_of_any_size_are_resampled_first() -> None:
+    tower = tiny_tower()
+    images = torch.rand(2, 3, 30, 30, generator=torch.Generator().manual_seed(0))
+    enlarged = functional.interpolate(images, (48, 48), mode="bilinear")
+    torch.testing.assert_close(tower(images), tower(enlarged))
+    assert tiny_tower(input_size=None).feature_map(images).shape == (2, 64, 4, 4)
+
+
+@pytest.mark.parametrize("side", [7, 8])
+@pytest.mark.parametrize("size", [3, 5])
+def test_halving_convolutions_pad_the_odd_pixel_at_the_end(side: int, size: int) -> None:
+    from uni3d.evaluation.image_tower import _SameConv
+
+    convolution = _SameConv(1, 1, size, 2)
+    image = torch.rand(1, 1, side, side, generator=torch.Generator().manual_seed(0))
+    total = 2 * ((side + 1) // 2 - 1) + size - side
+    first = total // 2
+    padded = torch.zeros(1, 1, side + total, side + total)
+    padded[..., first : first + side, first : first + side] = image
+    expected = functional.conv2d(padded, convolution.weight, stride=2)
+    assert expected.shape[-1] == (side + 1) // 2
+    torch.testing.assert_close(convolution(image), expected)
+
+
+def test_more_stages_than_the_paper_has_are_refused() -> None:
+    with pytest.raises(UsageError, match="8 entries; expected 7 or fewer"):
+        EfficientNetTower(stage_channels=(8,) * 8, stage_blocks=(1,) * 8, input_size=None)
+
+
+def test_training_starts_from_the_given_tower(tmp_path: Path) -> None:
+    file = save_tower(tiny_tower(seed=7), tmp_path / "tower.safetensors")
+    tower = tiny_tower(seed=8)
+    start_from(tower, file)
+    for name, value in tiny_tower(seed=7).state_dict().items():
+        if not name.startswith("norm."):
+            torch.testing.assert_close(tower.state_dict()[name], value, atol=1e-3, rtol=1e-3)
+    from uni3d.evaluation.evaluator import Evaluator
+
+    metrics = fit_evaluator(
+        replace(TINY, initial_tower=file, weight_decay=0.0), painted_views(8, role="both"), tmp_path / "out"
+    )
+    trained = Evaluator.load(tmp_path / "out").network.image_tower
+    assert isinstance(trained, EfficientNetTower)
+    torch.testing.assert_close(trained.conv_head.weight, tower.conv_head.weight, atol=1e-3, rtol=1e-3)
+    assert metrics["training"]["initial_tower"] == "tower.safetensors"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "EfficientNet-Lite0" in card and "Apache-2.0" in card
+
+
+def test_anything_but_fitting_safetensors_is_refused(tmp_path: Path) -> None:
+    pickled = tmp_path / "tower.pth"
+    torch.save(tiny_tower().state_dict(), pickled)
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"no tensors")
+    for path, message in (
+        (pickled, "the only kind read; convert it as"),
+        (tmp_path / "nowhere.safetensors", "does not exist"),
+        (damaged, "is damaged"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train_evaluator(replace(TINY, initial_tower=path), tmp_path, tmp_path / "out")
+    file = save_tower(tiny_tower(), tmp_path / "tower.safetensors")
+    wider = EfficientNetTower(stage_channels=(8, 12, 24), stage_blocks=(1, 2, 1), input_size=None)
+    with pytest.raises(UsageError, match=r"does not fit the tower \(\d+ tensors differ, the first is"):
+        start_from(wider, file)
+
+
+def test_the_command_refuses_a_pickle_with_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from uni3d.cli import main
+
+    code = main(["evaluator", "train", str(tmp_path), "--output", str(tmp_path / "out"),
+                 "--initial-tower", str(tmp_path / "tower.pth")])  # fmt: skip
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "configs/evaluator.yaml" in error and len(error.strip().splitlines()) == 1
+
+
+def test_the_card_and_the_settings_show_the_same_conversion() -> None:
+    from uni3d.evaluation.image_tower import tower_credit
+    from uni3d.resources import resource_path
+
+    lines = resource_path("configs/evaluator.yaml").read_text().splitlines()
+    shown = "".join("".join(line.removeprefix("#").split()) for line in lines)
+    command = tower_credit(Path("x")).split("```sh")[1].split("```")[0]
+    assert "".join(command.split()) in shown
