@@ -74,7 +74,7 @@ def extract_surface(
     iso_level: float | None = None,
     max_triangles: int = 30_000,
     level_score: Callable[[float], float] | None = None,
-    min_component_fraction: float = 0.03,
+    min_component_fraction: float = 0.05,
     fill_cavities: bool = True,
     smoothing_iterations: int = 6,
     chunk_size: int = 1 << 17,
@@ -87,7 +87,8 @@ def extract_surface(
     time. resolution: grid nodes along the longest side of the object's own bounding box, 16 to 512.
     iso_level: the density of the surface; None chooses it: by `level_score` (higher is better; called with
     about twenty levels) where given, else by `choose_iso_level`. max_triangles: upper bound, at least 100.
-    min_component_fraction: pieces with less than this share of the largest piece's area are removed.
+    min_component_fraction: pieces with less than this share of the largest piece's area are removed, long
+    ones only with less than a fifth of it.
     fill_cavities: hollows that cannot be seen from outside are filled.
 
     The report holds iso_level, iso_rule, silhouette_agreement, fog_density, spacing, components_found,
@@ -250,7 +251,7 @@ def _sample_object(
     if float(coarse.max(initial=0.0)) <= 0.0:
         raise EmptySurfaceError(_empty_message("the field's density is zero everywhere"))
     threshold = 0.25 * lowest_level + (1.5 * fog_density if iso_level is None else 0.0)
-    occupied = np.asarray(ndimage.binary_dilation(coarse > threshold, iterations=2), dtype=bool)
+    occupied = _occupied_cells(evaluate, coarse > threshold, threshold, half_extent)
     if not occupied.any():
         raise EmptySurfaceError(
             _empty_message(
@@ -277,6 +278,31 @@ def _sample_object(
         values[rows][x, y, z] = np.maximum(evaluate(points), 0.0)
     # a layer of nothing all around, so that what touches the border is closed there
     return DensityGrid(np.pad(values, 1), origin - spacing, spacing), fog_density
+
+
+def _occupied_cells(
+    evaluate: _Evaluator, is_full: NDArray[np.bool_], threshold: float, half_extent: float
+) -> NDArray[np.bool_]:
+    """The cells that the fine grid must cover: full ones and two cells around them, [64, 64, 64].
+
+    One point per cell misses stretches of a leg that is thinner than a cell, and what is left below such a
+    gap would be taken for a floater. So the cells around full ones are looked at again with eight points
+    each, and what they show is followed to its end.
+    """
+    random = np.random.default_rng(1)
+    corners = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1], indexing="ij"), axis=-1).reshape(-1, 3)
+    cell = 2.0 * half_extent / COARSE_RESOLUTION
+    is_full = is_full.copy()
+    is_known = is_full.copy()
+    while True:
+        covered = np.asarray(ndimage.binary_dilation(is_full, iterations=2), dtype=bool)
+        index = np.argwhere(covered & ~is_known)
+        if len(index) == 0:
+            return covered
+        offset = (corners + random.random((len(index), 8, 3), dtype=np.float32)) / 2
+        density = evaluate((-half_extent + (index[:, None] + offset) * cell).reshape(-1, 3))
+        is_full[tuple(index.T)] = (density.reshape(-1, 8) > threshold).any(axis=1)
+        is_known |= covered
 
 
 def _fog_density(coarse: NDArray[np.float32], half_extent: float) -> float:

@@ -27,6 +27,9 @@ TAUBIN_MU = -1.0 / (1.0 / TAUBIN_LAMBDA - 0.1)
 # box.
 DEGENERATE_AREA = 1e-10
 
+# A component is long if its longest side is at least this share of the largest component's.
+LONG_PART = 0.25
+
 
 @dataclass(frozen=True)
 class Surface:
@@ -118,8 +121,9 @@ def keep_large_components(
 ) -> tuple[Floats, Faces, dict[str, float]]:
     """Remove floaters, and on request the inner walls of cavities.
 
-    A component stays if its area is at least `min_area_fraction` of the largest one's. A cavity is a
-    component of negative volume: its faces look inward. The largest component always stays. Returns the
+    A component stays if its area is at least `min_area_fraction` of the largest one's; a fifth of that does
+    for one that is long beside it: floaters are lumps, and a chair's leg that lost its joint is not. A cavity
+    is a component of negative volume: its faces look inward. The largest component always stays. Returns the
     surface and {"components_found", "floaters_removed", "floater_area_fraction", "cavities_removed"}.
     """
     num, label = component_labels(faces, len(vertices))
@@ -127,7 +131,9 @@ def keep_large_components(
     volume = np.bincount(label, weights=signed_volumes(vertices, faces), minlength=num)
     largest = int(np.argmax(area))
     is_cavity = (volume < 0) & drop_cavities
-    is_floater = (area < min_area_fraction * area[largest]) & ~is_cavity
+    length = _component_lengths(vertices, faces, label, num)
+    needed = np.where(length >= LONG_PART * length[largest], min_area_fraction / 5, min_area_fraction)
+    is_floater = (area < needed * area[largest]) & ~is_cavity
     keep = ~(is_cavity | is_floater)
     keep[largest] = True
     counts = {
@@ -137,6 +143,17 @@ def keep_large_components(
         "cavities_removed": int(np.sum(is_cavity & ~keep)),
     }
     return (*compact(vertices, faces[keep[label]]), counts)
+
+
+def _component_lengths(
+    vertices: Floats, faces: Faces, label: NDArray[np.int32], num: int
+) -> NDArray[np.float64]:
+    """Longest side of each component's bounding box, [num]."""
+    low, high = np.full((num, 3), np.inf), np.full((num, 3), -np.inf)
+    for corner in range(3):
+        np.minimum.at(low, label, vertices[faces[:, corner]])
+        np.maximum.at(high, label, vertices[faces[:, corner]])
+    return (high - low).max(axis=1)
 
 
 def taubin_smooth(vertices: Floats, faces: Faces, iterations: int) -> NDArray[np.float64]:
