@@ -44,8 +44,9 @@ def benchmark_loss(logits: Tensor, label: Tensor, *, smoothing: float) -> Tensor
 def view_loss(logits: Tensor, view: Tensor, front: Tensor, *, smoothing: float) -> Tensor:
     """Cross entropy of the view word, as far as the object lets one tell.
 
-    front [B] is 1 for objects with a front: all four words count. It is 0 for objects without one, where only
-    overhead against the rest counts, and -1 where that is not known: all four words at half weight.
+    front [B] is 1 for objects with a front: all four words count, and twice, as such objects are few. It is 0
+    for objects without one, where only overhead against the rest counts, and -1 where that is not known: all
+    four words at half weight.
     """
     full = functional.cross_entropy(logits, view, reduction="none", label_smoothing=smoothing)
     log_probabilities = functional.log_softmax(logits, dim=1)
@@ -53,7 +54,7 @@ def view_loss(logits: Tensor, view: Tensor, front: Tensor, *, smoothing: float) 
         [log_probabilities[:, :OVERHEAD], log_probabilities[:, OVERHEAD + 1 :]], dim=1
     ).logsumexp(1)
     coarse = -torch.where(view == OVERHEAD, log_probabilities[:, OVERHEAD], level)
-    return torch.where(front == 0, coarse, torch.where(front == 1, full, 0.5 * full)).mean()
+    return torch.where(front == 0, coarse, torch.where(front == 1, 2.0 * full, 0.5 * full)).mean()
 
 
 def caption_loss(logits: Tensor, key: Tensor) -> Tensor:
