@@ -123,6 +123,16 @@ def test_mixture_is_the_weighted_sum(weights: dict[str, float]) -> None:
     torch.testing.assert_close(again.f(log_ratio.exp()), mixed.f(log_ratio.exp()))
 
 
+def test_the_largest_mixture_is_finite() -> None:
+    mixed = divergences.mixture(dict.fromkeys(divergences.names(), divergences.MAX_MIXTURE_WEIGHT))
+    for extreme in (-math.inf, -30.0, 30.0, math.inf):
+        log_ratio = torch.tensor([extreme], requires_grad=True)
+        for method in (*WEIGHTS, "potential"):
+            value = getattr(mixed, method)(log_ratio)
+            (gradient,) = torch.autograd.grad(value.sum(), log_ratio)
+            assert value.isfinite().all() and gradient.isfinite().all()
+
+
 def test_jeffreys_is_the_sum_of_both_kl() -> None:
     both = divergences.mixture({"forward_kl": 1, "reverse_kl": 1})
     log_ratio = torch.linspace(-4, 4, 17, dtype=torch.float64)
@@ -152,6 +162,10 @@ def test_names_in_any_spelling() -> None:
         (lambda: divergences.get("0.4*forward_kl + x*js"), "cannot read 'x\\*js'"),
         (lambda: divergences.mixture({"forward_kl": -1.0, "js": 2.0}), "not negative"),
         (lambda: divergences.mixture({"forward_kl": math.nan}), "finite"),
+        (lambda: divergences.mixture({"js": 1e300}), "js the weight 1e\\+300: .* at most 1e\\+09"),
+        (lambda: divergences.mixture({"js": 10**400}), "js the weight 1000"),
+        (lambda: divergences.mixture({"js": None}), "js the weight None"),  # type: ignore[dict-item]
+        (lambda: divergences.mixture("js"), "got str for a mixture"),  # type: ignore[arg-type]
         (lambda: divergences.mixture({"js": 0.0}), "no positive weight"),
         (lambda: divergences.mixture({}), "no positive weight"),
         (lambda: divergences.mixture({"jss": 1.0}), "did you mean 'js'"),

@@ -32,6 +32,8 @@ from uni3d.losses.names import canonical, unknown_name
 from uni3d.losses.per_sample import at_least_float32
 
 LOG_RATIO_LIMIT = {torch.float32: 30.0, torch.float64: 300.0}
+# The largest slope at the limit, 4 e^60 of chi^2, is 5e26: 1e9 of it still is a float32.
+MAX_MIXTURE_WEIGHT = 1e9
 
 _Function = Callable[[Tensor], Tensor]
 
@@ -232,15 +234,14 @@ def get(name: str | Divergence) -> Divergence:
 def mixture(weights: Mapping[str, float]) -> Divergence:
     """The divergence sum_i w_i D_{f_i}, for example {"forward_kl": 0.4, "reverse_kl": 0.6}.
 
-    Weights are finite and not negative, at least one is positive, and they need not sum to one (scaling f
-    scales psi). Raises ValueError otherwise, or for an unknown name.
+    Weights are from 0 to 1e9, at least one is positive, and they need not sum to one (scaling f scales psi).
+    Raises ValueError otherwise, or for an unknown name.
     """
-    parts = [(float(weight), get(name)) for name, weight in weights.items()]
-    for weight, part in parts:
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(
-                f"the mixture gives {part.name} the weight {weight}: weights must be finite and not negative"
-            )
+    if not isinstance(weights, Mapping):
+        raise ValueError(
+            f'got {type(weights).__name__} for a mixture: pass weights by name, such as {{"forward_kl": 0.4}}'
+        )
+    parts = [(_mixture_weight(get(name), weight), get(name)) for name, weight in weights.items()]
     parts = [(weight, part) for weight, part in parts if weight > 0]
     if not parts:
         raise ValueError(
@@ -262,6 +263,19 @@ def mixture(weights: Mapping[str, float]) -> Divergence:
         _square_slope=weighted("_square_slope"),
         _potential=weighted("_potential"),
     )
+
+
+def _mixture_weight(part: Divergence, weight: Any) -> float:
+    try:
+        number = float(weight)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 <= number <= MAX_MIXTURE_WEIGHT:
+        raise ValueError(
+            f"the mixture gives {part.name} the weight {str(weight)[:40]}: weights must be finite and not "
+            f"negative, at most {MAX_MIXTURE_WEIGHT:g}"
+        )
+    return number
 
 
 def _parse_mixture(text: str) -> dict[str, float]:

@@ -132,9 +132,9 @@ def uni_instruct_loss(
     of time_weight * E_{p_t}[psi(r) |Delta|^2]; with `noise_schedule.expansion_weight` the integral over sigma
     is D_f.
 
-    Arguments as in `score_difference_loss`; `sigma` (float or [B]) is only read by the forms other than
-    "exact". Gradients flow through x0, teacher_x0, fake_x0 and, in the exact form, log_ratio; the time weight
-    is a constant.
+    Arguments as in `score_difference_loss`; the value of `sigma` (float or [B]) matters only to the forms
+    other than "exact". Gradients flow through x0, teacher_x0, fake_x0 and, in the exact form, log_ratio
+    (where psi is constant that gradient is zero, so pass None); the time weight is a constant.
 
     `form`:
 
@@ -159,6 +159,7 @@ def uni_instruct_loss(
     check_form(form, ratio)
     x0, teacher_x0, fake_x0 = _predictions(x0, teacher_x0, fake_x0)
     weight = per_sample(time_weight, x0, "time_weight").detach()
+    sigma = per_sample(sigma, x0, "sigma")
     f = divergences.get(divergence)
     log_ratio = _log_ratio(log_ratio, f, x0)
     if form != "exact" or ratio == "detached":
@@ -175,7 +176,7 @@ def uni_instruct_loss(
         drift = f.square_slope(log_ratio) * d.value(difference)
         if form == "four_term":
             drift = drift + f.score_slope(log_ratio) * score
-        noise_variance = per_sample(sigma, x0, "sigma").square()
+        noise_variance = sigma.square()
         push = over_elements(drift / noise_variance, x0) * difference
     terms = sum_per_sample(push * (x0 - x0.detach()))  # d x_t = d x0, since the noise is fixed
     if form == "four_term":
@@ -255,11 +256,12 @@ def _predictions(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor) -> tuple[Tenso
 
 
 def _log_ratio(log_ratio: Tensor | None, f: Divergence, x0: Tensor) -> Tensor:
-    """[B]; zeros where psi is constant, so that no discriminator is differentiated for nothing."""
-    if f.is_constant:
+    """[B]; None becomes zeros where psi is constant, so that no discriminator has to run for nothing."""
+    if log_ratio is None and f.is_constant:
         return per_sample(0.0, x0, "log_ratio")
     if log_ratio is None:
         raise ValueError(
             f"{f.name} weighs samples by the density ratio, but log_ratio is None: pass log r, shape [B]"
         )
-    return per_sample(divergences.widen_ratio(log_ratio), x0, "log_ratio")
+    wide = divergences.widen_ratio(log_ratio) if isinstance(log_ratio, Tensor) else log_ratio
+    return per_sample(wide, x0, "log_ratio")

@@ -28,12 +28,16 @@ def per_sample(value: Tensor | float, like: Tensor, name: str) -> Tensor:
     """A number per sample, shape [B], on the device and (at least) in the dtype of `like` [B, ...].
 
     `value`: a float, a tensor with one element, or a tensor of B elements ([B], [B, 1, 1, 1], ...).
-    Raises ValueError for any other shape: broadcasting would pair the wrong samples.
+    Raises ValueError for any other shape or type: broadcasting would pair the wrong samples.
     """
+    if like.ndim == 0:
+        raise ValueError("x0 has no axes: the first one must be the batch, so pass [1] for a single number")
     batch = like.shape[0]
     dtype = at_least_float32(like).dtype
     if isinstance(value, int | float):
         return torch.full((batch,), float(value), dtype=dtype, device=like.device)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}: pass a float or a tensor of shape [{batch}]")
     value = value.to(like.device, torch.promote_types(at_least_float32(value).dtype, dtype))
     if value.ndim == 0:
         return value.expand(batch)
