@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from uni3d.errors import Uni3DError, UsageError
 from uni3d.mesh import unwrap as unwrap_module
 from uni3d.mesh.atlas_raster import overlapping_faces, rasterise
 from uni3d.mesh.extraction import extract_surface
+from uni3d.mesh.report import mesh_report
 from uni3d.mesh.surface import Surface
 from uni3d.mesh.texture import bake_texture
 from uni3d.mesh.textured_mesh import TexturedMesh
@@ -86,6 +88,22 @@ def test_charts_keep_their_distance_and_are_not_mirrored(
     area = first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0]
     assert np.maximum(area, 0).sum() < 0.01 * np.abs(area).sum()
     np.testing.assert_array_equal(atlas.vertex_of[atlas.faces], surface.faces)
+
+
+@pytest.mark.parametrize("method", ["xatlas", "projection"])
+def test_mip_levels_show_neither_background_nor_other_charts(
+    surface: Surface, method: unwrap_module.UnwrapMethod
+) -> None:
+    """Charts are eight texels apart at 1024, so three halvings keep look-ups to their own chart."""
+    mesh = bake_texture(surface, rainbow, 1024, unwrap_method=method)
+    report = mesh_report(mesh)
+    assert report["gutter_texels"] >= 8 and report["uv_overlap_texels"] == 0
+    level = mesh.texture.astype(np.float64)
+    for _ in range(3):
+        assert worst_error(replace(mesh, texture=np.rint(level).astype(np.uint8))).max() <= 3.0
+        level = level.reshape(len(level) // 2, 2, len(level) // 2, 2, 3).mean(axis=(1, 3))
+    error = worst_error(replace(mesh, texture=np.rint(level).astype(np.uint8)))
+    assert np.percentile(error, 99) <= 3.0
 
 
 def test_normals_are_smooth_across_seams(surface: Surface) -> None:
