@@ -24,6 +24,7 @@ from uni3d.config import (
 )
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import ConfigError, TrainingDiverged, UsageError
+from uni3d.mesh.report import mesh_report, read_extras
 from uni3d.scene_optimiser import SceneOptimiser, resolve_recipe
 from uni3d.text_to_3d import TextTo3DPipeline, _MemoryStore, choose_device, generate
 
@@ -230,6 +231,30 @@ def test_generate_leaves_a_complete_run_directory(tiny_teacher_folder: Path, tmp
     assert 0 < len(mesh.faces) <= 400 and mesh.volume > 0
     with pytest.raises(UsageError, match="--overwrite"):
         generate(config)
+
+
+def test_every_format_is_sound_and_says_where_it_came_from(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    formats = ("glb", "obj", "ply")
+    config = _config(
+        method="sds",
+        seed=5,
+        teacher=str(tiny_teacher_folder),
+        runs_folder=tmp_path,
+        device="cpu",
+        mesh=MeshConfig(
+            resolution=24, max_triangles=400, texture_size=64, turntable_frames=0, formats=formats
+        ),
+    )
+    run = generate(config).run_directory
+    extras = read_extras(run / "mesh.glb")
+    assert extras.items() >= {"prompt": "a red chair", "seed": 5, "method": "sds", "steps": 6}.items()
+    assert extras["generator"].startswith("uni3d ") and extras["torch"] == torch.__version__
+    for suffix in formats:
+        report = mesh_report(run / f"mesh.{suffix}")
+        assert report["closed"] and report["outward"] and report["in_unit_box"], suffix
+        assert report["triangles"] <= 400
+    assert (run / "mesh.mtl").is_file() and (run / "mesh.png").is_file()
+    assert b"property uchar red" in (run / "mesh.ply").read_bytes()[:2000]
 
 
 def test_methods_that_need_more_than_a_prompt_and_bad_devices_are_refused() -> None:
