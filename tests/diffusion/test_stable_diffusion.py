@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
+from uni3d.diffusion import stable_diffusion
 from uni3d.diffusion.lora_score import LoRAFakeScore
 from uni3d.diffusion.prompt import PromptContexts
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
@@ -140,12 +143,27 @@ def test_samples_are_reproducible_and_finite(teacher: LatentDiffusionTeacher) ->
     assert teacher.decode_latents(draw(1)).shape == (2, 3, teacher.image_size, teacher.image_size)
 
 
-def test_unknown_teacher_names_id_cache_and_ways_on() -> None:
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no such model", "/no/such/folder", "x" * 300])
+def test_unknown_teacher_names_id_cache_and_ways_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a hub the answer comes at once, and not after every file was asked for six times."""
+    monkeypatch.setattr(stable_diffusion, "_hub_answers", lambda: False)
+    started = time.monotonic()
     with pytest.raises(MissingWeightsError) as caught:
-        LatentDiffusionTeacher.from_pretrained("nobody/no-such-model")
+        LatentDiffusionTeacher.from_pretrained(name)
+    assert time.monotonic() - started < 10
     message = str(caught.value)
-    assert "nobody/no-such-model" in message and "cache" in message
+    assert name[:200] in message and constants.HF_HUB_CACHE in message and "\n" not in message
     assert "--teacher DIRECTORY" in message and "HF_TOKEN" in message and "embedded" in message
+
+
+def test_an_empty_name_is_no_teacher() -> None:
+    with pytest.raises(UsageError, match="the teacher's name is empty"):
+        LatentDiffusionTeacher.from_pretrained(" ")
+
+
+def test_a_hub_that_hangs_or_fails_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert not stable_diffusion._hub_answers()
 
 
 def test_damaged_and_pickled_weights_are_refused(tiny_teacher_folder: Path, tmp_path: Path) -> None:

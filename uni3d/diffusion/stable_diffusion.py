@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import get_session, validate_repo_id
 from torch import Tensor, nn
 
 from uni3d.diffusion.camera_token import CameraToken
@@ -30,6 +32,7 @@ from uni3d.losses.noise_schedule import DiscreteVPSchedule, vp_from_ve, x0_from_
 logger = logging.getLogger(__name__)
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+HUB_TIMEOUT_S = 5.0
 
 
 @dataclass
@@ -64,9 +67,10 @@ class LatentDiffusionTeacher:
             UsageError: the files are damaged, pickled, or of a class this teacher cannot use (exit code 2).
         """
         source = Path(name_or_path)
-        if source.exists():
-            _check_directory(source)
-        components = _load_components(str(name_or_path), dtype=dtype, revision=revision, variant=variant)
+        is_local = _check_source(str(name_or_path))
+        components = _load_components(
+            str(name_or_path), dtype=dtype, revision=revision, variant=variant, is_local=is_local
+        )
         unet, vae, text_encoder, tokenizer, scheduler = components
         prediction_type = str(scheduler.config.prediction_type)
         if prediction_type not in PREDICTION_TYPES:
@@ -278,6 +282,36 @@ def unet_middle_features(unet: Any, x_vp: Tensor, timestep: Tensor, context: Ten
     return unet.mid_block(hidden, embedding, encoder_hidden_states=context)
 
 
+def _check_source(name: str) -> bool:
+    """Whether to load from this machine alone: a directory, or a hub id while the hub cannot be reached.
+
+    Without this question every file of an id is asked for again and again, half a minute of silence offline.
+    """
+    if not name.strip():
+        raise UsageError("the teacher's name is empty; pass a hub id or a directory, or --teacher embedded")
+    try:
+        exists = Path(name).exists()
+    except (OSError, ValueError):  # too long for the file system, or with a null character
+        exists = False
+    if exists:
+        _check_directory(Path(name))
+        return True
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise MissingWeightsError(_hub_message(name, "such a name is no hub id")) from error
+    return constants.HF_HUB_OFFLINE or not _hub_answers()
+
+
+def _hub_answers() -> bool:
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # of the HTTP library behind huggingface_hub, which has changed before
+        logger.debug("the hub does not answer: %s", error)
+        return False
+    return True
+
+
 def _check_directory(source: Path) -> None:
     if not source.is_dir():
         raise UsageError(
@@ -312,7 +346,7 @@ def _check_directory(source: Path) -> None:
 
 
 def _load_components(
-    name: str, *, dtype: torch.dtype, revision: str | None, variant: str | None
+    name: str, *, dtype: torch.dtype, revision: str | None, variant: str | None, is_local: bool
 ) -> tuple[Any, ...]:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -320,7 +354,9 @@ def _load_components(
     from safetensors import SafetensorError
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    options: dict[str, Any] = {"revision": revision} if revision else {}
+    options: dict[str, Any] = {"local_files_only": is_local}
+    if revision:
+        options["revision"] = revision
     weights = {"torch_dtype": dtype, "use_safetensors": True, **options}
     if variant:
         weights["variant"] = variant
@@ -344,7 +380,10 @@ def _load_components(
                 f"teacher directory '{name}' cannot be loaded ({_first_line(error)}); copy it again or "
                 f"pass another"
             ) from error
-        raise MissingWeightsError(_hub_message(name, error)) from error
+        reason = (
+            f"{constants.ENDPOINT} cannot be reached or is turned off" if is_local else _first_line(error)
+        )
+        raise MissingWeightsError(_hub_message(name, reason)) from error
 
 
 @contextmanager
@@ -361,16 +400,11 @@ def _without_loading_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _hub_message(name: str, error: Exception) -> str:
-    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(
-        os.environ.get("HF_HOME", os.path.join("~", ".cache", "huggingface")), "hub"
-    )
+def _hub_message(name: str, reason: str) -> str:
     return (
-        f"teacher '{name}' is neither a directory here nor could it be loaded from the hub "
-        f"({_first_line(error)}; cache looked in: {cache}). Ways on: pass --teacher DIRECTORY with a "
-        f"local copy; set "
-        "HF_TOKEN if the model is gated, or pass the id of a mirror; or use --teacher embedded, which "
-        "needs no download."
+        f"teacher '{name[:200]}' is no directory here and could not be loaded from the hub ({reason}; the "
+        f"cache {constants.HF_HUB_CACHE} was looked in): pass --teacher DIRECTORY with a local copy; or go "
+        f"online, with HF_TOKEN set if the model is gated; or use --teacher embedded, which needs no download"
     )
 
 
