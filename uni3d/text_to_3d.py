@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import json
 import logging
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ from uni3d.config import TextTo3DConfig
 from uni3d.config_loader import config_to_dict, config_to_yaml, load_config
 from uni3d.data.captions import read_vocabulary, unknown_prompt_warning
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
-from uni3d.errors import Uni3DError, UsageError
+from uni3d.errors import Interrupted, Uni3DError, UsageError
 from uni3d.mesh.export import write_mesh
 from uni3d.mesh.extraction import extract_surface
 from uni3d.mesh.report import compare_with_field, mesh_report
@@ -167,7 +168,7 @@ def choose_device(name: str) -> tuple[str, str]:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"device '{name}' is not a device; use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise UsageError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
@@ -328,73 +329,77 @@ def generate(config: TextTo3DConfig) -> GenerateResult:
     Raises UsageError for bad input before anything is written, Interrupted after a signal once the state
     is saved.
     """
-    run, config, is_resumed = _open_run(config)
+    config = _checked(config)
     device, reason = choose_device(config.device)
-    with run:
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "load"):
+        teacher, warning = _load_teacher(config, device)
+    with _open_run(config) as run, StopFlag() as stop:
         logger.info("device: %s (%s)", device, reason)
-        seconds: dict[str, float] = {}
-        with _timed(seconds, "load"):
-            teacher = _load_teacher(config, device)
+        if warning:
+            logger.warning("%s", warning)
         optimiser = SceneOptimiser(config, teacher)
         try:
-            _optimise(optimiser, run, seconds, is_resumed=is_resumed)
+            _optimise(optimiser, run, seconds, stop)
             mesh, figures, mesh_seconds = build_mesh(optimiser)
         finally:
             optimiser.close()
+        if stop.is_set:
+            _write_interrupted_mesh(mesh, config, run)
+            raise _interruption(stop, run, config.steps, config.steps)
         return _write_results(run, config, mesh, figures, seconds | mesh_seconds)
 
 
-def _open_run(config: TextTo3DConfig) -> tuple[RunDirectory, TextTo3DConfig, bool]:
-    """The run's directory and settings, and whether it goes on with an earlier one. Checks come before
-    writing."""
-    choose_device(config.device)
-    if config.teacher == EMBEDDED:
-        weights_folder("teacher")
+def _checked(config: TextTo3DConfig) -> TextTo3DConfig:
+    """The settings, completed by those of a run to go on with; UsageError for what cannot work."""
     if config.resume is not None:
-        run = RunDirectory.open(config.resume)
-        saved = load_config(run.config_path, TextTo3DConfig())
+        saved = load_config(RunDirectory.open(config.resume).config_path, TextTo3DConfig())
         if config.output is None and saved.output is not None:
             config = dataclasses.replace(config, output=saved.output, overwrite=saved.overwrite)
     config = dataclasses.replace(config, prompt=check_prompt(config.prompt))
     resolve_recipe(config)
     if config.output is not None:
         check_output_file(config.output, overwrite=config.overwrite)
+    return config
+
+
+def _open_run(config: TextTo3DConfig) -> RunDirectory:
+    """The run to go on with, or a new one: the first thing that is written, after everything that may be
+    refused."""
     if config.resume is not None:
-        return run, config, True
+        return RunDirectory.open(config.resume)
     run = RunDirectory.create(config.runs_folder, f"{prompt_slug(config.prompt)}-{config.seed}")
     run.write_config(config_to_yaml(config))
-    return run, config, False
+    return run
 
 
-def _load_teacher(config: TextTo3DConfig, device: str) -> LatentDiffusionTeacher:
-    if config.teacher == EMBEDDED:
-        folder = weights_folder("teacher")
-        warning = unknown_prompt_warning(config.prompt, read_vocabulary(folder / "vocabulary.json"))
-        if warning:
-            logger.warning("%s", warning)
-        return LatentDiffusionTeacher.from_pretrained(folder, device=device)
-    return LatentDiffusionTeacher.from_pretrained(config.teacher, device=device)
+def _load_teacher(config: TextTo3DConfig, device: str) -> tuple[LatentDiffusionTeacher, str | None]:
+    """The teacher, and what to say about a prompt with words that it does not know."""
+    if config.teacher != EMBEDDED:
+        return LatentDiffusionTeacher.from_pretrained(config.teacher, device=device), None
+    folder = weights_folder("teacher")
+    warning = unknown_prompt_warning(config.prompt, read_vocabulary(folder / "vocabulary.json"))
+    return LatentDiffusionTeacher.from_pretrained(folder, device=device), warning
 
 
 def _optimise(
-    optimiser: SceneOptimiser, run: RunDirectory, seconds: dict[str, float], *, is_resumed: bool
+    optimiser: SceneOptimiser, run: RunDirectory, seconds: dict[str, float], stop: StopFlag
 ) -> None:
     """Run the steps that are left, saving every so often; leaves by Interrupted when a signal asks."""
     config = optimiser.config
     store = CheckpointStore(
         run.checkpoints_path, keep=config.checkpoints.keep, fingerprint=_fingerprint(config)
     )
-    checkpoint = store.load_latest() if is_resumed else None
+    checkpoint = None if config.resume is None else store.load_latest()
     if checkpoint is not None:
         optimiser.load_state_dict(checkpoint.state)
         run.truncate_metrics(optimiser.step_index)
-    with StopFlag() as stop:
-        if checkpoint is None:
-            with _timed(seconds, "prepare"):
-                optimiser.prepare()
-            store.save(0, optimiser.state_dict())
-        with _timed(seconds, "optimise"):
-            _loop(optimiser, run, store, stop)
+    else:
+        with _timed(seconds, "prepare"):
+            optimiser.prepare()
+        store.save(0, optimiser.state_dict())
+    with _timed(seconds, "optimise"):
+        _loop(optimiser, run, store, stop)
 
 
 def _loop(optimiser: SceneOptimiser, run: RunDirectory, store: CheckpointStore, stop: StopFlag) -> None:
@@ -417,23 +422,26 @@ def _loop(optimiser: SceneOptimiser, run: RunDirectory, store: CheckpointStore, 
             take_steps(optimiser, store, on_step=on_step, on_rollback=on_rollback)
     if optimiser.step_index < config.steps:
         store.save(optimiser.step_index, optimiser.state_dict())
-        _write_interrupted_mesh(optimiser, run)
-        raise stop.interruption(
-            f"stopped after step {optimiser.step_index} of {config.steps}; everything is saved. Go on with: "
-            f"uni3d generate --resume {run.path}"
-        )
+        try:
+            mesh, _, _ = build_mesh(optimiser)
+            _write_interrupted_mesh(mesh, config, run)
+        except Uni3DError as error:  # a field without a surface
+            logger.warning("no mesh yet: %s", error)
+        raise _interruption(stop, run, optimiser.step_index, config.steps)
     store.save(optimiser.step_index, optimiser.state_dict())
 
 
-def _write_interrupted_mesh(optimiser: SceneOptimiser, run: RunDirectory) -> None:
-    """The mesh as it stands, so that a stopped run is not empty-handed; a field without a surface has none
-    yet."""
-    try:
-        mesh, _, _ = build_mesh(optimiser)
-        write_mesh(mesh, run.path / "mesh.glb", extras=provenance(optimiser.config))
-        write_preview(mesh, run.path / "preview.png")
-    except Uni3DError as error:
-        logger.warning("no mesh yet: %s", error)
+def _write_interrupted_mesh(mesh: TexturedMesh, config: TextTo3DConfig, run: RunDirectory) -> None:
+    """The mesh as it stands, so that a stopped run is not empty-handed."""
+    write_mesh(mesh, run.path / "mesh.glb", extras=provenance(config))
+    write_preview(mesh, run.path / "preview.png")
+
+
+def _interruption(stop: StopFlag, run: RunDirectory, step: int, num_steps: int) -> Interrupted:
+    return stop.interruption(
+        f"stopped after step {step} of {num_steps}; everything is saved. Go on with: "
+        f"uni3d generate --resume {shlex.quote(str(run.path))}"
+    )
 
 
 def _write_results(

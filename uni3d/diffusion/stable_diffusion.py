@@ -357,16 +357,21 @@ def _load_components(
     options: dict[str, Any] = {"local_files_only": is_local}
     if revision:
         options["revision"] = revision
-    weights = {"torch_dtype": dtype, "use_safetensors": True, **options}
+    weights = {"torch_dtype": dtype, "use_safetensors": True, "output_loading_info": True, **options}
     if variant:
         weights["variant"] = variant
     text_weights = {key: value for key, value in weights.items() if key != "torch_dtype"}
     try:
-        with _without_loading_bars():
+        with _quiet_loading():
             return (
-                UNet2DConditionModel.from_pretrained(name, subfolder="unet", **weights),
-                AutoencoderKL.from_pretrained(name, subfolder="vae", **weights),
-                CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype, **text_weights),
+                _complete("unet", UNet2DConditionModel.from_pretrained(name, subfolder="unet", **weights)),
+                _complete("vae", AutoencoderKL.from_pretrained(name, subfolder="vae", **weights)),
+                _complete(
+                    "text_encoder",
+                    CLIPTextModel.from_pretrained(
+                        name, subfolder="text_encoder", dtype=dtype, **text_weights
+                    ),
+                ),
                 CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options),
                 DDIMScheduler.from_pretrained(name, subfolder="scheduler", **options),
             )
@@ -386,16 +391,34 @@ def _load_components(
         raise MissingWeightsError(_hub_message(name, reason)) from error
 
 
+def _complete(part: str, loaded: Any) -> Any:
+    """The network of (network, loading information), if every weight of it was in the file; the libraries
+    fill in the others at random."""
+    network, info = loaded
+    lacking = [*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]
+    if lacking:
+        raise ValueError(
+            f"the weights of its {part} lack or misshape {len(lacking)} tensors, such as {lacking[0][:80]}"
+        )
+    return network
+
+
 @contextmanager
-def _without_loading_bars() -> Iterator[None]:
-    """transformers draws a bar of its own while it fills a network, beside the program's own progress."""
+def _quiet_loading() -> Iterator[None]:
+    """diffusers and transformers list odd weights by the hundred and draw bars beside the program's own."""
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     was_enabled = transformers_logging.is_progress_bar_enabled()
+    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        diffusers_logging.set_verbosity(levels[0])
+        transformers_logging.set_verbosity(levels[1])
         if was_enabled:
             transformers_logging.enable_progress_bar()
 
