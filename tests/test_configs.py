@@ -101,7 +101,12 @@ def write(tmp_path: Path, text: str | bytes) -> Path:
         ("wheels: 4\n", r"my.yaml:1: unknown key 'wheels'; expected one of prompt, negative_prompt,"),
         ("steps: fifty\n", r"my.yaml:1: 'steps' is 'fifty'; expected a whole number"),
         ("steps: 1.5\n", r"'steps' is '1.5'; expected a whole number"),
-        ("steps: '50'\n", r"'steps' is '50'; expected a whole number"),
+        ("steps: '50'\n", r"'steps' is the quoted text '50'; expected a whole number"),
+        ("guidance:\n\tviews_per_step: 2\n", r"my.yaml:2: not valid YAML: a tab .* indent with spaces"),
+        (
+            "guidance.guidance_scale: 3\n",
+            r"unknown key 'guidance.guidance_scale'; write 'guidance_scale' indented under 'guidance:'",
+        ),
         (f"steps: {'9' * 5000}\n", r"'steps' is '9+'; expected a whole number"),
         ("steps:\n", r"'steps' is empty; expected a whole number"),
         ("steps: [1]\n", r"'steps' is a list of 1; expected a whole number"),

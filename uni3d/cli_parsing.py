@@ -77,6 +77,12 @@ def fold_box(text: str) -> str:
     sentence = re.sub(
         r"invalid literal for int\(\) with base 10: (.*)$", r"\1 is not a whole number", sentence
     )
+    sentence = re.sub(r"Exceeds the limit \(.*$", "the number is far too long", sentence)
+    sentence = re.sub(
+        r"Could not find valid parse for arguments: \[(.*)\]$",
+        r"cannot read \1; expected pairs of fraction of the run and value, such as 0 12 1 6",
+        sentence,
+    )
     sentence = re.sub(r"could not convert string to float: (.*)$", r"\1 is not a number", sentence)
     sentence = sentence[:1].lower() + sentence[1:] if sentence[1:2].islower() else sentence
     near = next((_FLAG.search(part) for part in filled if part.startswith("Perhaps you meant")), None)

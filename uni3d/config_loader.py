@@ -78,6 +78,8 @@ def _read_text(file: Path) -> str:
             raise ConfigError(f"configuration '{file}' is not a file; pass a YAML file")
         with file.open("rb") as stream:
             data = stream.read(MAX_FILE_BYTES + 1)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"configuration file '{file}' cannot be read: {error}") from error
     if len(data) > MAX_FILE_BYTES:
@@ -111,6 +113,8 @@ def _compose(text: str, file: Path) -> yaml.Node | None:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         problem = error.problem or error.context or "it cannot be parsed"
+        if "'\\t'" in problem:
+            problem = "a tab where only spaces may be; indent with spaces"
         raise ConfigError(f"{file}:{line}: not valid YAML: {problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
@@ -138,7 +142,13 @@ class _Reader:
                 )
             key = key_node.value
             if key not in known:
-                self.fail(key_node, f"unknown key '{prefix}{key[:80]}'; {suggestion(key, known)}")
+                group, dot, inner = key.partition(".")
+                remedy = (
+                    f"write '{inner[:80]}' indented under '{group}:'"
+                    if dot and group in known
+                    else suggestion(key, known)
+                )
+                self.fail(key_node, f"unknown key '{prefix}{key[:80]}'; {remedy}")
             if key in changes:
                 self.fail(key_node, f"key '{prefix}{key}' is given twice; keep one of them")
             current = getattr(base, key)
@@ -244,7 +254,9 @@ def _describe(node: yaml.Node) -> str:
         return f"a list of {len(node.value)}"
     if node.tag == f"{_TAG}null":
         return "empty"
-    return repr(str(node.value)[:80])
+    text = repr(str(node.value)[:80])
+    is_quoted = isinstance(node, yaml.ScalarNode) and node.style is not None
+    return f"the quoted text {text}" if is_quoted else text
 
 
 def _yaml_lines(config: Any, indent: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 
 from uni3d.errors import ConfigError
@@ -42,6 +43,7 @@ DIVERGENCE_NAMES: tuple[str, ...] = (
     "squared_hellinger",
     "softened_reverse_kl",
 )
+MAX_MIXTURE_WEIGHT = 1e9  # as in `losses.divergence`, where it is explained
 MAX_SEED = 2**63 - 1
 
 
@@ -60,18 +62,24 @@ def value_at(schedule: Schedule, progress: float) -> float:
 def parse_divergence(text: str) -> dict[str, float]:
     """Read `name`, or a mixture `0.4*name+0.6*name`, into weights by name; ConfigError if that fails."""
     weights: dict[str, float] = {}
-    for part in text.split("+"):
+    # The plus of an exponent such as 1e+2 separates nothing.
+    for part in re.split(r"(?<![0-9.][eE])\+", text):
         weight_text, star, name = part.rpartition("*")
-        name = name.strip().replace("-", "_")
+        name = name.strip().lower().replace("-", "_")
+        if not name and text.strip():
+            raise ConfigError(
+                f"divergence {text[:80]!r}: a name is missing; expected for example "
+                f"'0.4*forward_kl+0.6*reverse_kl'"
+            )
         check_name("divergence", name, DIVERGENCE_NAMES)
         try:
             weight = float(weight_text) if star else 1.0
         except ValueError:
             weight = math.nan
-        if not (math.isfinite(weight) and weight > 0):
+        if not 0 < weight <= MAX_MIXTURE_WEIGHT:
             raise ConfigError(
-                f"divergence {text!r}: {weight_text.strip()!r} is not a positive weight; "
-                f"expected for example '0.4*forward_kl+0.6*reverse_kl'"
+                f"divergence {text[:80]!r}: {weight_text.strip()[:80]!r} is not a positive weight up to "
+                f"{MAX_MIXTURE_WEIGHT:g}; expected for example '0.4*forward_kl+0.6*reverse_kl'"
             )
         weights[name] = weights.get(name, 0.0) + weight
     return weights
@@ -86,14 +94,14 @@ def check_name(key: str, name: str, known: Sequence[str]) -> None:
 
 def suggestion(name: str, known: Sequence[str]) -> str:
     """'did you mean ...?' for a near miss, else the list of what is known."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
 
 
 def check_range(key: str, value: float, low: float, high: float) -> None:
     """Raise ConfigError unless low <= value <= high (so NaN is refused)."""
     if not low <= value <= high:
-        raise ConfigError(f"{key} is {value}; expected a number from {low:g} to {high:g}")
+        raise ConfigError(f"{key} is {str(value)[:40]}; expected a number from {low:g} to {high:g}")
 
 
 def check_pair(key: str, pair: tuple[float, float], low: float, high: float) -> None:

@@ -13,6 +13,7 @@ import tyro
 from uni3d.cli import results_only
 from uni3d.cli_parsing import option_value, parse_flags
 from uni3d.config_loader import load_config
+from uni3d.config_values import check_range
 from uni3d.errors import UsageError
 from uni3d.evaluation.settings import EvaluatorSettings, MeshQualitySettings, TeacherQualitySettings
 from uni3d.outputs import MESH_SUFFIXES, check_output_folder
@@ -134,6 +135,10 @@ def evaluate_teacher(arguments: Sequence[str]) -> int:
     options = parse_flags(EvaluateTeacherOptions, arguments, command="teacher evaluate")
     if not options.views.is_dir():
         raise UsageError(f"'{options.views}' is not a folder; pass one that `uni3d teacher render` wrote")
+    check_range("--steps", options.steps, 1, 1000)
+    check_range("--guidance-scale", options.guidance_scale, 0, 1000)
+    check_range("--num-reference", options.num_reference, 2, 10_000_000)
+    check_range("--workers", options.workers, 0, 1024)
     check_output_folder(options.output)
     from uni3d.teacher_commands import teacher_folder
 

@@ -14,6 +14,7 @@ import tyro
 from uni3d.cli import results_only
 from uni3d.cli_parsing import option_value, parse_flags
 from uni3d.config_loader import load_config
+from uni3d.config_values import MAX_SEED, check_range
 from uni3d.errors import MissingWeightsError, UsageError
 from uni3d.outputs import check_output_file, check_output_folder
 from uni3d.prompts import check_prompt
@@ -66,6 +67,10 @@ def render(arguments: Sequence[str]) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+    check_range("--seed", options.seed, 0, MAX_SEED)
+    check_range("--size", options.size, 8, 4096)
+    if options.metadata is not None and not options.metadata.is_file():
+        raise UsageError(f"--metadata '{options.metadata}' is not a file; pass a CSV or JSON table")
     check_output_folder(options.output)
     from uni3d.data.view_rendering import EVALUATOR_VIEWS, TEACHER_VIEWS, render_library
     from uni3d.training.run_log import Progress
@@ -138,6 +143,12 @@ def train(arguments: Sequence[str]) -> int:
     options = parse_flags(TrainOptions, arguments, command="teacher train", default=default)
     if not options.views.is_dir():
         raise UsageError(f"'{options.views}' is not a folder; pass one that `uni3d teacher render` wrote")
+    if options.max_minutes is not None:
+        check_range("--max-minutes", options.max_minutes, 0, 1e6)
+    if not any(options.views.glob("views_*.npz")):
+        raise UsageError(
+            f"'{options.views}' holds no view shards (views_*.npz); make some with: uni3d teacher render"
+        )
     check_output_folder(options.output)
     from uni3d.teacher.training import train_teacher
 
@@ -180,8 +191,9 @@ def sample(arguments: Sequence[str]) -> int:
     prompts = [check_prompt(prompt) for prompt in options.prompts]
     if not prompts:
         raise UsageError('no prompts were given; for example "a red wooden chair" "a blue vase"')
-    if options.steps < 1:
-        raise UsageError(f"--steps is {options.steps}; expected at least 1")
+    check_range("--steps", options.steps, 1, 1000)
+    check_range("--guidance-scale", options.guidance_scale, 0, 1000)
+    check_range("--seed", options.seed, 0, MAX_SEED)
     check_output_file(options.output, overwrite=options.overwrite, suffixes=(".png",))
     folder = teacher_folder(options.teacher)
     from uni3d.teacher.sampling import sample_grid
@@ -215,6 +227,10 @@ def vocabulary(arguments: Sequence[str]) -> int:
     """`uni3d teacher vocabulary`."""
     options = parse_flags(VocabularyOptions, arguments, command="teacher vocabulary")
     file = teacher_folder(options.teacher) / "vocabulary.json"
+    if not file.is_file():
+        raise UsageError(
+            f"'{file.parent}' holds no vocabulary.json; pass a teacher that `uni3d teacher train` wrote"
+        )
     from uni3d.data.captions import read_vocabulary
 
     with results_only() as stdout:
