@@ -115,6 +115,10 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
         (["generate", "a", "--divergence", "1e300*js"], "'1e300' is not a positive weight up to 1e+09"),
         (["generate", "a", "--seed", "9" * 5000], "--seed: the number is far too long"),
         (["generate", "a", "--guidance.guidance-scale", "nan"], "cannot read 'nan'; expected pairs of"),
+        (
+            ["generate", "a", "--config", "c.glb", "--output", "./c.glb", "--overwrite"],
+            "is the file of --conf",
+        ),
         (["generate", "a", "--config", "."], "error: configuration '.' is not a file; pass a YAML file"),
         (["teacher", "render", "x", "--output", "o", "--seed", "-1"], "--seed is -1; expected"),
         (["teacher", "render", "x", "--output", "o", "--metadata", "no"], "--metadata 'no' is not a file"),
@@ -165,9 +169,12 @@ def test_bad_input_is_one_sentence_and_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old.glb").write_text("old")
+    (tmp_path / "c.glb").write_text("steps: 3\n")
     before = "torch" in sys.modules
     assert message in fails(capsys, 2, *words)
-    assert sorted(os.listdir(tmp_path)) == ["old.glb"] and (tmp_path / "old.glb").read_text() == "old"
+    assert (
+        sorted(os.listdir(tmp_path)) == ["c.glb", "old.glb"] and (tmp_path / "old.glb").read_text() == "old"
+    )
     assert before or "torch" not in sys.modules
 
 
@@ -303,6 +310,17 @@ def test_methods_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     findings = json.loads(capsys.readouterr().out)
     assert code == (0 if findings["ready"] else 3)
     assert findings["packages"]["torch"][0].isdigit() and "cpu" in findings["devices"]
+
+
+@pytest.mark.parametrize("package", ["torch", "tyro", "yaml"])
+def test_a_missing_package_is_one_sentence_and_code_3(
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacks(module: str) -> Any:
+        raise ModuleNotFoundError(f"No module named '{package}.nn'", name=f"{package}.nn")
+
+    monkeypatch.setattr(cli.importlib, "import_module", lacks)
+    assert f"the package '{package}' is not installed; install" in fails(capsys, 3, "methods")
 
 
 def test_the_text_of_a_box_becomes_a_sentence() -> None:

@@ -20,7 +20,7 @@ from typing import TextIO
 
 import uni3d
 from uni3d.config_values import suggestion
-from uni3d.errors import Interrupted, Uni3DError, UsageError
+from uni3d.errors import Interrupted, MissingPackageError, Uni3DError, UsageError
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prefix = "" if isinstance(error, Interrupted) else "error: "
             _complain(f"{prefix}{error}", is_debug)
             return error.exit_code
+        except ModuleNotFoundError as error:
+            package = (error.name or str(error)).partition(".")[0]
+            if package == uni3d.__name__:
+                raise
+            _complain(
+                f"error: the package '{package}' is not installed; install uni3d again with what it needs: "
+                f"pip install -e . in its checkout",
+                is_debug,
+            )
+            return MissingPackageError.exit_code
         except MemoryError:
             _complain("error: out of memory; lower --mesh.resolution, --field.* or --renderer.*", is_debug)
             return 1

@@ -84,6 +84,8 @@ def read_generate_options(arguments: Sequence[str]) -> TextTo3DConfig:
     parsed = parse_flags(GenerateOptions, arguments, command="generate", default=default)
     values = _fields(parsed)
     values.pop("config")
+    if file is not None and parsed.output is not None and parsed.output.resolve() == Path(file).resolve():
+        raise UsageError(f"output '{parsed.output}' is the file of --config; choose another name")
     if resume is not None:
         changed = [name for name in values if values[name] != getattr(base, name)]
         refused = [name for name in changed if name not in MAY_CHANGE_ON_RESUME]
