@@ -54,11 +54,27 @@ def damage(folder: Path, how: str) -> None:
         save_file(tensors, weights)
     elif how == "other network":
         shutil.copy(next((folder / "vae").glob("*.safetensors")), weights)
+    elif how == "no tokenizer":
+        shutil.rmtree(folder / "tokenizer")
+    elif how == "wrong types":
+        (folder / "unet" / "config.json").write_text('{"sample_size": "x", "block_out_channels": 5}')
     else:
         (folder / "unet" / "config.json").write_text('{"sample_size": "x"')
 
 
-@pytest.mark.parametrize("how", ["cut", "pickled", "bin only", "one tensor gone", "other network", "config"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "cut",
+        "pickled",
+        "bin only",
+        "one tensor gone",
+        "other network",
+        "no tokenizer",
+        "wrong types",
+        "config",
+    ],
+)
 def test_damaged_weights_leave_no_run(
     how: str, tiny_teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session, validate_repo_id
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from uni3d.diffusion.camera_token import CameraToken
@@ -336,7 +337,10 @@ def _check_directory(source: Path) -> None:
             raise MissingWeightsError(
                 f"teacher directory '{source}' lacks '{part}/'; copy the whole model again"
             )
-        if list(folder.glob("*.safetensors")):
+        files = sorted(folder.glob("*.safetensors"))
+        for file in files:
+            _check_safetensors(file)
+        if files:
             continue
         if list(folder.glob("*.bin")) or list(folder.glob("*.ckpt")):
             raise UsageError(
@@ -346,13 +350,24 @@ def _check_directory(source: Path) -> None:
         raise MissingWeightsError(f"'{folder}' holds no .safetensors weights; copy the whole model again")
 
 
+def _check_safetensors(file: Path) -> None:
+    """Read the header, which says how long the file must be; UsageError if it is not a whole one."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UsageError(
+            f"'{file}' is cut off, damaged or no safetensors file ({_first_line(error)}), and pickled "
+            f"weights are refused; copy the teacher again"
+        ) from error
+
+
 def _load_components(
     name: str, *, dtype: torch.dtype, revision: str | None, variant: str | None, is_local: bool
 ) -> tuple[Any, ...]:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-    from safetensors import SafetensorError
     from transformers import CLIPTextModel, CLIPTokenizer
 
     options: dict[str, Any] = {"local_files_only": is_local}
@@ -364,7 +379,7 @@ def _load_components(
     text_weights = {key: value for key, value in weights.items() if key != "torch_dtype"}
     try:
         with _quiet_loading():
-            return (
+            components = (
                 _complete("unet", UNet2DConditionModel.from_pretrained(name, subfolder="unet", **weights)),
                 _complete("vae", AutoencoderKL.from_pretrained(name, subfolder="vae", **weights)),
                 _complete(
@@ -376,11 +391,16 @@ def _load_components(
                 CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **options),
                 DDIMScheduler.from_pretrained(name, subfolder="scheduler", **options),
             )
+        _, _, text_encoder, tokenizer, _ = components
+        if tokenizer.model_max_length > text_encoder.config.max_position_embeddings:
+            # transformers makes an empty tokenizer, without a limit, of a folder without its files.
+            raise ValueError("its tokenizer does not belong to its text encoder, or files of it are missing")
+        return components
     except SafetensorError as error:
         raise UsageError(
             f"the weights of teacher '{name}' are damaged ({error}); copy or download them again"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
         if Path(name).exists():
             raise UsageError(
                 f"teacher directory '{name}' cannot be loaded ({_first_line(error)}); copy it again or "
