@@ -154,5 +154,5 @@ def test_total_variation_refuses_hash_fields_and_local_variation_takes_them() ->
 def test_fog_fraction() -> None:
     opacity = torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0, 1.0]).view(1, 1, 2, 3)
     assert fog_fraction(opacity) == pytest.approx(0.25)
-    assert fog_fraction(torch.zeros(1, 1, 4, 4)) == 1.0
+    assert fog_fraction(torch.zeros(1, 1, 4, 4)) == 0.0
     assert fog_fraction(_output().opacity) > 0.5  # the starting blob is fog
