@@ -20,6 +20,7 @@ from uni3d.config import (
     RendererConfig,
     TextTo3DConfig,
 )
+from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import Interrupted, UsageError
 from uni3d.text_to_3d import choose_device, generate
 
@@ -111,6 +112,31 @@ def test_a_signal_while_the_mesh_is_made_saves_it(
     resumed = tiny_config(tiny_teacher_folder, tmp_path / "my outputs", resume=run)
     assert generate(resumed).output == run / "mesh.glb"
     assert (run / "metrics.json").is_file()
+
+
+def test_a_signal_while_the_teacher_samples_ends_the_run(
+    tiny_teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict = LatentDiffusionTeacher.predict_guided_x0
+    passes: list[int] = []
+
+    def predict_and_be_stopped(*arguments: Any) -> Any:
+        passes.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return predict(*arguments)
+
+    config = tiny_config(tiny_teacher_folder, tmp_path, method="uni-instruct")
+    with monkeypatch.context() as patch:
+        patch.setattr(LatentDiffusionTeacher, "predict_guided_x0", predict_and_be_stopped)
+        with pytest.raises(
+            Interrupted, match=r"nothing had been made yet.*--resume .*a-red-chair-0"
+        ) as caught:
+            generate(config)
+    assert caught.value.exit_code == 143 and len(passes) == 1
+    run = tmp_path / "a-red-chair-0"
+    assert not (run / "mesh.glb").exists()
+    again = tiny_config(tiny_teacher_folder, tmp_path, method="uni-instruct", resume=run)
+    assert generate(again).output == run / "mesh.glb"
 
 
 @pytest.mark.parametrize("name", ["", "a gpu", "cpu:3", "cuda:99", "cuda:-1", "meta"])

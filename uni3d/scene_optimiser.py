@@ -12,7 +12,7 @@ and restored on the way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,11 +111,11 @@ class SceneOptimiser:
         self.discriminator_optimiser: torch.optim.Optimizer | None = None
         self.distillation: ScoreDistillation | None = None
 
-    def prepare(self) -> None:
+    def prepare(self, *, before_step: Callable[[], object] | None = None) -> None:
         """Draw the teacher samples that a discriminator needs and connect the parts; once, before the
-        first step."""
+        first step. `before_step` is called before every denoising step and may raise, to leave in between."""
         if self.recipe.needs_discriminator:
-            self._build_discriminator(self._draw_real_latents())
+            self._build_discriminator(self._draw_real_latents(before_step))
         self._connect()
 
     def _build_discriminator(self, real_latents: RealLatents) -> None:
@@ -129,7 +129,7 @@ class SceneOptimiser:
             self.discriminator.parameters(), lr=settings.learning_rate, betas=(0.0, 0.99), fused=True
         )
 
-    def _draw_real_latents(self) -> RealLatents:
+    def _draw_real_latents(self, before_step: Callable[[], object] | None) -> RealLatents:
         settings = self.config.discriminator
         cameras = self._sample_cameras(settings.num_real_samples)
         return RealLatents.draw(
@@ -139,6 +139,7 @@ class SceneOptimiser:
             guidance_scale=self._value(self.config.guidance.guidance_scale),
             num_steps=settings.sampling_steps,
             generator=self.generator,
+            before_step=before_step,
         )
 
     def _connect(self) -> None:

@@ -396,10 +396,17 @@ def _optimise(
         run.truncate_metrics(optimiser.step_index)
     else:
         with _timed(seconds, "prepare"):
-            optimiser.prepare()
+            optimiser.prepare(before_step=lambda: _leave_if_asked(stop, run))
         store.save(0, optimiser.state_dict())
     with _timed(seconds, "optimise"):
         _loop(optimiser, run, store, stop)
+
+
+def _leave_if_asked(stop: StopFlag, run: RunDirectory) -> None:
+    if stop.is_set:
+        raise stop.interruption(
+            f"stopped before the first step; nothing had been made yet. Start again with: {_resume_line(run)}"
+        )
 
 
 def _loop(optimiser: SceneOptimiser, run: RunDirectory, store: CheckpointStore, stop: StopFlag) -> None:
@@ -439,9 +446,12 @@ def _write_interrupted_mesh(mesh: TexturedMesh, config: TextTo3DConfig, run: Run
 
 def _interruption(stop: StopFlag, run: RunDirectory, step: int, num_steps: int) -> Interrupted:
     return stop.interruption(
-        f"stopped after step {step} of {num_steps}; everything is saved. Go on with: "
-        f"uni3d generate --resume {shlex.quote(str(run.path))}"
+        f"stopped after step {step} of {num_steps}; everything is saved. Go on with: {_resume_line(run)}"
     )
+
+
+def _resume_line(run: RunDirectory) -> str:
+    return f"uni3d generate --resume {shlex.quote(str(run.path))}"
 
 
 def _write_results(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,9 +256,10 @@ class LatentDiffusionTeacher:
         guidance_scale: float,
         num_steps: int,
         generator: torch.Generator | None = None,
+        before_step: Callable[[], object] | None = None,
     ) -> Tensor:
         """Draw latents [B, C, H, W] for `context` [B, L, E] by deterministic DDIM steps in sigma (Song et
-        al. 2021)."""
+        al. 2021). `before_step` is called before each of them and may raise, to leave in between."""
         shape = (context.shape[0], *self.latent_shape)
         last = self.schedule.num_timesteps - 1
         timesteps = torch.linspace(last, 0, num_steps + 1)[:-1].to(self.device)
@@ -266,6 +267,8 @@ class LatentDiffusionTeacher:
         noise = torch.randn(shape, generator=generator).to(self.device)
         x = noise * torch.sqrt(1 + sigmas[0] ** 2)
         for current, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+            if before_step is not None:
+                before_step()
             sigma = current.expand(shape[0])
             x0, _ = self.predict_guided_x0(x, sigma, context, negative_context, guidance_scale)
             x = x0 + (following / current) * (x - x0)

@@ -12,7 +12,7 @@ Legend: B views, C H W latent channels and pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -73,8 +73,10 @@ class RealLatents:
         num_steps: int,
         generator: torch.Generator,
         batch_size: int = 8,
+        before_step: Callable[[], object] | None = None,
     ) -> RealLatents:
-        """Sample one latent for each camera in `conditioning` [N, K]."""
+        """Sample one latent for each camera in `conditioning` [N, K]; `before_step` is called before every
+        denoising step and may raise."""
         teacher = contexts.teacher
         drawn = []
         for start in range(0, len(view_words), batch_size):
@@ -87,6 +89,7 @@ class RealLatents:
                     guidance_scale=guidance_scale,
                     num_steps=num_steps,
                     generator=generator,
+                    before_step=before_step,
                 )
             )
         view_index = torch.tensor([VIEW_WORDS.index(word) for word in view_words])
