@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +93,27 @@ def test_grid_from_a_folder(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_teacher_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MissingWeightsError, match="has no folder 'vae'"):
+    with pytest.raises(MissingWeightsError, match="there is no folder '.*camera_token'"):
         load_teacher(tmp_path)
+
+
+def test_damaged_weights_are_named_before_they_are_loaded(finished: Path, tmp_path: Path) -> None:
+    teacher = shutil.copytree(finished / "teacher", tmp_path / "teacher")
+    weights = next((teacher / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UsageError, match=f"'{weights}' is cut off"):
+        load_teacher(teacher)
+
+
+def test_publishing_and_loading_say_nothing(finished: Path, tmp_path: Path) -> None:
+    """In a process of its own: the libraries write to the stderr that they found when they were imported."""
+    program = (
+        "import sys; from uni3d.teacher.publish import publish_teacher; "
+        "from uni3d.teacher.sampling import load_teacher; load_teacher(publish_teacher(*sys.argv[1:]))"
+    )
+    words = [sys.executable, "-c", program, str(finished / "compact"), str(tmp_path / "teacher")]
+    result = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("", "")
 
 
 def test_a_signal_saves_and_the_resumed_run_equals_the_unbroken_one(
@@ -129,8 +151,6 @@ def test_autoencoder_resumes_exactly(finished: Path, tmp_path: Path, monkeypatch
 
 
 def test_compact_files_alone_go_on_elsewhere(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(finished / "compact", tmp_path / "compact")
     config = tiny_config()
     longer = dataclasses.replace(config, denoiser=dataclasses.replace(config.denoiser, planned_steps=8))

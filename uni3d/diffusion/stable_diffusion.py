@@ -381,7 +381,7 @@ def _load_components(
         weights["variant"] = variant
     text_weights = {key: value for key, value in weights.items() if key != "torch_dtype"}
     try:
-        with _quiet_loading():
+        with quiet_libraries():
             components = (
                 _complete("unet", UNet2DConditionModel.from_pretrained(name, subfolder="unet", **weights)),
                 _complete("vae", AutoencoderKL.from_pretrained(name, subfolder="vae", **weights)),
@@ -428,8 +428,8 @@ def _complete(part: str, loaded: Any) -> Any:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """diffusers and transformers list odd weights by the hundred and draw bars beside the program's own."""
+def quiet_libraries() -> Iterator[None]:
+    """Inside, diffusers and transformers list no odd weights by the hundred and draw no bars of their own."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from uni3d.diffusion.camera_token import CameraToken
+from uni3d.diffusion.stable_diffusion import quiet_libraries
 from uni3d.errors import UsageError
 from uni3d.teacher.autoencoder import build_autoencoder
 from uni3d.teacher.checkpoint_files import read_state, read_tensors
@@ -79,8 +80,9 @@ def publish_teacher(
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    for name, network in networks.items():
-        network.save_pretrained(fresh / name)  # type: ignore[operator]
+    with quiet_libraries():
+        for name, network in networks.items():
+            network.save_pretrained(fresh / name)  # type: ignore[operator]
     _finish_text_encoder(networks["text_encoder"], fresh / "text_encoder")
     _write_tokenizer(tokenizer, fresh / "tokenizer")
     build_scheduler().save_pretrained(fresh / "scheduler")

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from uni3d.diffusion.camera_token import CameraToken, insert_camera_token
+from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import MissingWeightsError
 from uni3d.scene.camera import Cameras
 from uni3d.teacher.denoiser import build_scheduler
@@ -69,30 +70,22 @@ def load_teacher(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> TeacherModules:
-    """Read a published teacher folder. Raises MissingWeightsError when a part of it is missing."""
-    from diffusers import (
-        AutoencoderKL,  # pyright: ignore[reportPrivateImportUsage]
-        UNet2DConditionModel,  # pyright: ignore[reportPrivateImportUsage]
-    )
-    from transformers import CLIPTextModel, CLIPTokenizer
-
+    """Read a published teacher folder. Raises MissingWeightsError when a part of it is missing, and what
+    `LatentDiffusionTeacher.from_pretrained` raises."""
     source = Path(folder)
-    for name in ("vae", "unet", "text_encoder", "camera_token", "tokenizer"):
-        if not (source / name).is_dir():
+    for path in (source, source / "camera_token"):
+        if not path.is_dir():
             raise MissingWeightsError(
-                f"teacher {source} has no folder {name!r}; pass a folder written by `uni3d teacher train`"
+                f"there is no folder '{path}'; pass a teacher written by `uni3d teacher train`"
             )
-
-    def read(kind: Any, name: str) -> Any:
-        network = kind.from_pretrained(source / name, use_safetensors=True, local_files_only=True)
-        return network.to(device=device, dtype=dtype).eval()
-
+    teacher = LatentDiffusionTeacher.from_pretrained(source, device=device, dtype=dtype)
+    assert teacher.camera_token is not None
     return TeacherModules(
-        autoencoder=read(AutoencoderKL, "vae"),
-        unet=read(UNet2DConditionModel, "unet"),
-        text_encoder=read(CLIPTextModel, "text_encoder"),
-        camera_token=CameraToken.from_pretrained(source / "camera_token").to(device=device, dtype=dtype),
-        tokenizer=CLIPTokenizer.from_pretrained(source / "tokenizer", local_files_only=True),
+        autoencoder=teacher.vae,
+        unet=teacher.unet,
+        text_encoder=teacher.text_encoder,
+        camera_token=teacher.camera_token,
+        tokenizer=teacher.tokenizer,
     )
 
 
