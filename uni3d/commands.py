@@ -120,12 +120,7 @@ def inspect(arguments: Sequence[str]) -> int:
     from uni3d.mesh.report import mesh_report
 
     with results_only() as stdout:
-        try:
-            report = mesh_report(options.file)
-        except UsageError as error:
-            if str(options.file) in str(error):
-                raise
-            raise UsageError(f"'{options.file}' cannot be read: {error}; pass another mesh file") from error
+        report = mesh_report(options.file)
         stdout.write(f"{json.dumps(report, indent=2) if options.json else _as_lines(report)}\n")
     return 0
 

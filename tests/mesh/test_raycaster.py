@@ -238,6 +238,31 @@ def test_damaged_and_external_glbs_are_refused_in_one_sentence(content: bytes, m
         load_renderable("x.glb", data=content)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cut.ply", b"ply\nformat ascii 1.0\nele"),
+        ("empty.ply", b""),
+        ("cut.glb", glb_bytes(triangle_document(None), TRIANGLE)[:-20]),
+        ("text.glb", b"not a GLB at all"),
+        ("text.obj", b"hello"),
+        ("odd.obj", b"v 1 2\nf 1 2 3\n"),
+        ("flat.obj", b"v 0 0 0\nv 1 0 0\nf 1 2 2\n"),
+        ("other.stl", b"solid"),
+        ("none.glb", None),
+    ],
+)
+def test_refusals_name_the_file_and_a_way_on(name: str, content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        load_renderable(path)
+    message = str(caught.value)
+    assert message.startswith(f"'{path}' cannot be read: ") and "; " in message
+    assert "\n" not in message and "Error" not in message
+
+
 def test_random_damage_never_escapes_as_another_error(cube_path: Path) -> None:
     content = bytearray(cube_path.read_bytes())
     rng = np.random.default_rng(0)

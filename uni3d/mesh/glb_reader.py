@@ -39,9 +39,9 @@ class _Glb:
 
     def __init__(self, content: bytes) -> None:
         if len(content) < 20 or content[:4] != b"glTF":
-            raise UsageError("the file does not start with the glTF binary header")
+            raise UsageError("it does not start with the glTF binary header; export it as GLB again")
         if struct.unpack_from("<I", content, 8)[0] > len(content):
-            raise UsageError("the file is shorter than its header says: it was cut off")
+            raise UsageError("it is shorter than its header says, so it was cut off; copy it again")
         json_length = struct.unpack_from("<I", content, 12)[0]
         self.json: dict[str, Any] = json.loads(content[20 : 20 + json_length])
         self.binary = b""
@@ -91,7 +91,7 @@ def _normalised(values: np.ndarray) -> np.ndarray:
 
 def _embedded_data(uri: str) -> bytes:
     if not uri.startswith("data:"):
-        raise UsageError(f"the file refers to an external file ('{uri[:60]}'); pack everything into one GLB")
+        raise UsageError(f"it refers to an external file ('{uri[:60]}'); pack everything into one GLB")
     return base64.b64decode(uri.partition(",")[2])
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from uni3d.errors import MissingPackageError, UsageError
 from uni3d.mesh.glb_reader import read_glb
 from uni3d.mesh.renderable import (
+    NO_TRIANGLES,
     Material,
     RenderableMesh,
     TriangleSoup,
@@ -49,7 +50,8 @@ def load_renderable(
     `read_sibling` maps a relative name to the bytes of a file beside an OBJ (material library, texture);
     the default looks into the folder of `path` and never above it. `data` replaces reading `path` (its
     suffix still names the format). Textures are reduced to `max_texture` pixels on their longer side.
-    Raises UsageError for damaged files, external references, no faces, or more than `max_faces`.
+    Raises UsageError, naming the file, for damaged files, external references, no faces, or more than
+    `max_faces`; what the readers raise says only what is wrong with it and what to do.
     """
     path = Path(path)
     try:
@@ -62,21 +64,29 @@ def load_renderable(
                     content, path, max_texture, read_sibling or _folder_reader(path.parent)
                 )
             case suffix:
-                raise UsageError(f"cannot read '{path.name}': '{suffix}' is not one of .glb, .obj, .ply")
-    except UsageError:
-        raise
+                raise UsageError(f"'{suffix}' is not one of .glb, .obj, .ply; convert it to one of them")
+        mesh = without_degenerate_faces(mesh)
+        if len(mesh.faces) == 0:
+            raise UsageError(NO_TRIANGLES)
+        if max_faces is not None and len(mesh.faces) > max_faces:
+            raise UsageError(
+                f"it has {len(mesh.faces)} triangles, more than the limit of {max_faces}; simplify it"
+            )
+        return mesh
+    except UsageError as error:
+        raise UsageError(f"'{path}' cannot be read: {error}") from error
     except OSError as error:
-        raise UsageError(f"cannot read '{path}': {error}") from error
+        raise UsageError(f"'{path}' cannot be read: {error.strerror or error}; check the path") from error
     except MemoryError as error:
-        raise UsageError(f"'{path.name}' is damaged or too large: it does not fit into memory") from error
+        raise UsageError(
+            f"'{path}' cannot be read: it does not fit into memory; it is damaged or needs simplifying"
+        ) from error
     except _DAMAGE as error:
-        raise UsageError(f"'{path.name}' is damaged: {type(error).__name__}: {error}") from error
-    mesh = without_degenerate_faces(mesh)
-    if len(mesh.faces) == 0:
-        raise UsageError(f"'{path.name}' holds no triangles")
-    if max_faces is not None and len(mesh.faces) > max_faces:
-        raise UsageError(f"'{path.name}' has {len(mesh.faces)} triangles, more than the limit of {max_faces}")
-    return mesh
+        # Only the text of a ValueError was written for a reader.
+        reason = f" ({' '.join(str(error).split())[:200]})" if isinstance(error, ValueError) else ""
+        raise UsageError(
+            f"'{path}' cannot be read: it is damaged or was cut off{reason}; copy or export it again"
+        ) from error
 
 
 def _folder_reader(folder: Path) -> Callable[[str], bytes]:
@@ -84,7 +94,7 @@ def _folder_reader(folder: Path) -> Callable[[str], bytes]:
         relative = safe_relative_name(name)
         target = (folder / relative).resolve()
         if not target.is_relative_to(folder.resolve()):
-            raise UsageError(f"'{name}' points outside the folder of the asset")
+            raise UsageError(f"it refers to '{name[:60]}' outside its folder; put that file beside it")
         return target.read_bytes()
 
     return read

@@ -14,6 +14,7 @@ from PIL import Image
 from uni3d.errors import UsageError
 
 MAX_IMAGE_PIXELS = 64_000_000
+NO_TRIANGLES = "it holds no triangles; export its surface as triangles"
 PALE_GLASS = np.array([0.74, 0.82, 0.86], dtype=np.float32)
 
 
@@ -116,7 +117,9 @@ def texture_pixels(image: Image.Image, max_texture: int) -> np.ndarray:
     """RGBA float32 [h, w, 4] in [0, 1], area-averaged down to `max_texture` on the longer side."""
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
-        raise UsageError(f"a texture of {width}x{height} pixels is larger than {MAX_IMAGE_PIXELS} pixels")
+        raise UsageError(
+            f"a texture of {width}x{height} pixels is larger than {MAX_IMAGE_PIXELS} pixels; scale it down"
+        )
     rgba = image.convert("RGBA")
     scale = max_texture / max(width, height)
     if scale < 1:
@@ -171,7 +174,7 @@ class TriangleSoup:
 
     def mesh(self, materials: list[Material]) -> RenderableMesh:
         if not self.corners:
-            raise UsageError("the file holds no triangles")
+            raise UsageError(NO_TRIANGLES)
         corners = np.concatenate(self.corners)
         return RenderableMesh(
             vertices=corners.reshape(-1, 3),
