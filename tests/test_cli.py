@@ -114,7 +114,12 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
         (["generate", "a", "--divergence", "1e+2*jss"], "unknown divergence 'jss'; did you mean 'js'?"),
         (["generate", "a", "--divergence", "1e300*js"], "'1e300' is not a positive weight up to 1e+09"),
         (["generate", "a", "--seed", "9" * 5000], "--seed: the number is far too long"),
-        (["generate", "a", "--guidance.guidance-scale", "nan"], "cannot read 'nan'; expected pairs of"),
+        (["generate", "a", "--guidance.guidance-scale", "nan"], "guidance_scale is nan; expected a number"),
+        (["generate", "a", "--guidance.guidance-scale", "0", "9", "1"], "got 0 9 1; expected one number, or"),
+        (
+            ["generate", "a", "--guidance.guidance-scale=x"],
+            "got x; expected one number, or pairs of fraction",
+        ),
         (
             ["generate", "a", "--config", "c.glb", "--output", "./c.glb", "--overwrite"],
             "is the file of --conf",
@@ -231,6 +236,13 @@ def test_flags_win_over_file_and_file_over_quality(program: list[TextTo3DConfig]
     assert (config.steps, config.seed, config.mesh.texture_size) == (7, 6, 256)
     assert config.mesh.max_triangles == draft.mesh.max_triangles and config.quality == "draft"
     assert config.guidance.guidance_scale == ((0.0, 9.0), (1.0, 3.0))
+
+
+def test_a_schedule_may_be_one_number(program: list[TextTo3DConfig], tmp_path: Path) -> None:
+    words = ["generate", "a", "--runs-folder", str(tmp_path), "--guidance.guidance-scale", "7"]
+    assert cli.main([*words, "--regularisers.opacity=.1"]) == 0
+    assert program[0].guidance.guidance_scale == ((0.0, 7.0),)
+    assert program[0].regularisers.opacity == ((0.0, 0.1),)
 
 
 def test_help_shows_the_effective_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

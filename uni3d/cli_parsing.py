@@ -11,13 +11,17 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from uni3d.config_values import Schedule
 from uni3d.errors import UsageError
 
 T = TypeVar("T")
+
+_REGISTRY = ConstructorRegistry()
 
 _BOX = "╭╮╰╯│─━┌┐└┘┃"
 _FLAG = re.compile(r"--[\w.-]+")
@@ -29,16 +33,62 @@ def parse_flags(kind: type[T], arguments: Sequence[str], *, command: str, defaul
     `--help` prints the flags with the values of `default` to stdout and raises SystemExit(0).
     """
     if {"-h", "--help"} & set(arguments):
-        return cast(T, tyro.cli(kind, args=list(arguments), prog=f"uni3d {command}", default=default))
+        return _parse(kind, arguments, command, default)
     said = io.StringIO()
     # The box is folded again below, so it should break no lines; tyro draws it by the encoding of stdout.
     utf8 = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(utf8), _columns("500"):
-            return cast(T, tyro.cli(kind, args=list(arguments), prog=f"uni3d {command}", default=default))
+            return _parse(kind, arguments, command, default)
     except SystemExit:
         sentence = fold_box(said.getvalue())
         raise UsageError(f"{sentence}; see uni3d {command} --help") from None
+
+
+def _parse(kind: type[T], arguments: Sequence[str], command: str, default: T | None) -> T:
+    parsed = tyro.cli(
+        kind, args=list(arguments), prog=f"uni3d {command}", default=default, registry=_REGISTRY
+    )
+    return cast(T, parsed)
+
+
+@_REGISTRY.primitive_rule
+def _schedule_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    # Not `==`: tyro spells some of them typing.Tuple.
+    if get_origin(info.type) is not tuple or get_args(info.type) != get_args(Schedule):
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="VALUE | POSITION VALUE [POSITION VALUE ...]",
+        instance_from_str=read_schedule,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=_schedule_words,
+    )
+
+
+def read_schedule(words: Sequence[str]) -> Schedule:
+    """One number, which stays the same for the whole run, or pairs of fraction of the run and value.
+
+    Raises ValueError for anything else.
+    """
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        return ((0.0, numbers[0]),)
+    if not numbers or len(numbers) % 2:
+        got = " ".join(words)[:80] or "nothing"
+        raise ValueError(
+            f"got {got}; expected one number, or pairs of fraction of the run and value such as 0 12 1 6"
+        )
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def _schedule_words(schedule: Schedule) -> list[str]:
+    if len(schedule) == 1:
+        return [f"{schedule[0][1]:g}"]
+    return [f"{number:g}" for pair in schedule for number in pair]
 
 
 def option_value(arguments: Sequence[str], name: str) -> str | None:
@@ -78,11 +128,6 @@ def fold_box(text: str) -> str:
         r"invalid literal for int\(\) with base 10: (.*)$", r"\1 is not a whole number", sentence
     )
     sentence = re.sub(r"Exceeds the limit \(.*$", "the number is far too long", sentence)
-    sentence = re.sub(
-        r"Could not find valid parse for arguments: \[(.*)\]$",
-        r"cannot read \1; expected pairs of fraction of the run and value, such as 0 12 1 6",
-        sentence,
-    )
     sentence = re.sub(r"could not convert string to float: (.*)$", r"\1 is not a number", sentence)
     sentence = sentence[:1].lower() + sentence[1:] if sentence[1:2].islower() else sentence
     near = next((_FLAG.search(part) for part in filled if part.startswith("Perhaps you meant")), None)

@@ -33,8 +33,8 @@ MAY_CHANGE_ON_RESUME = ("output", "resume", "overwrite", "quiet", "json", "devic
 class GenerateOptions(TextTo3DConfig):
     """Make a textured mesh from a prompt.
 
-    Flags win over the file of --config, the file over the values of --quality. A schedule is given as pairs
-    of fraction of the run and value: --guidance.guidance-scale 0 12 1 6.
+    Flags win over the file of --config, the file over the values of --quality. A schedule is given as one
+    number, or as pairs of fraction of the run and value: --guidance.guidance-scale 0 12 1 6.
     """
 
     prompt: tyro.conf.Positional[str] = ""
