@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": set(),
     "diffusion": {"losses.noise_schedule", *PLAIN, *ATOMIC_WRITE},
     "scene": {*PLAIN, *ATOMIC_WRITE},
-    "mesh": {"scene", *PLAIN, *ATOMIC_WRITE},
+    "mesh": {"scene", "outputs", *PLAIN, *ATOMIC_WRITE},
     "data": {"scene.camera", "mesh.raycaster", "mesh.renderable", *PLAIN, *ATOMIC_WRITE},
     "training": {"losses", "diffusion", *PLAIN},
     "evaluation": {

@@ -375,3 +375,18 @@ def test_output_checks_change_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     with pytest.raises(UsageError, match="no usable path"):
         check_output_file("a\0.glb", overwrite=False)
+
+
+@pytest.mark.parametrize("companion", ["my_chair.mtl", "my_chair.png"])
+def test_what_an_obj_brings_along_is_not_replaced_either(companion: str, tmp_path: Path) -> None:
+    target = tmp_path / "my chair.obj"
+    assert check_output_file(target, overwrite=False) == target
+    (tmp_path / companion).write_text("of another model")
+    with pytest.raises(UsageError, match=f"would replace '.*{companion}'; .* --overwrite"):
+        check_output_file(target, overwrite=False)
+    assert check_output_file(target, overwrite=True) == target
+    assert check_output_file(target.with_suffix(".glb"), overwrite=False)
+    (tmp_path / companion).unlink()
+    (tmp_path / companion).mkdir()
+    with pytest.raises(UsageError, match="is a folder; choose another name"):
+        check_output_file(target, overwrite=True)

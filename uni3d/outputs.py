@@ -22,7 +22,7 @@ def check_output_file(
     """`path` as a Path, if a file can be written there; nothing is created or changed.
 
     Raises UsageError for an unknown suffix, a missing or read-only folder, a folder in the file's place, and
-    a file that exists unless `overwrite`.
+    a file that exists unless `overwrite`. What an OBJ brings along is checked as well.
     """
     target = Path(path)
     status = _status(target)
@@ -36,8 +36,32 @@ def check_output_file(
         raise UsageError(f"the folder '{target.parent}' of output '{target}' does not exist; create it first")
     if status is not None and not overwrite:
         raise UsageError(f"output '{target}' exists; choose another name or pass --overwrite")
+    if target.suffix.lower() == ".obj":
+        _check_companions(target, overwrite=overwrite)
     _check_writable(target.parent)
     return target
+
+
+def obj_companions(path: Path) -> tuple[Path, Path]:
+    """The material library and the picture that are written beside an OBJ, free of blanks: OBJ readers end a
+    name at one."""
+    stem = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in path.stem) or "object"
+    return path.with_name(f"{stem}.mtl"), path.with_name(f"{stem}.png")
+
+
+def _check_companions(target: Path, *, overwrite: bool) -> None:
+    for companion in obj_companions(target):
+        status = _status(companion)
+        if status is None:
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            raise UsageError(
+                f"output '{target}' needs the file '{companion}', which is a folder; choose another name"
+            )
+        if not overwrite:
+            raise UsageError(
+                f"output '{target}' would replace '{companion}'; choose another name or pass --overwrite"
+            )
 
 
 def check_output_folder(path: str | os.PathLike[str]) -> Path:

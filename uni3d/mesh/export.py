@@ -28,6 +28,7 @@ from PIL import Image
 
 from uni3d.errors import Uni3DError, UsageError
 from uni3d.mesh.textured_mesh import TexturedMesh
+from uni3d.outputs import obj_companions
 from uni3d.training.checkpoint import atomic_write
 
 __all__ = ["TexturedMesh", "write_glb", "write_mesh", "write_obj", "write_ply"]
@@ -107,12 +108,11 @@ def write_obj(mesh: TexturedMesh, path: str | Path, extras: dict[str, Any] | Non
     path = Path(path)
     mesh, centre, scale = mesh.in_unit_box()
     placed = (extras or {}) | {"scene_scale": scale, "scene_centre": [float(value) for value in centre]}
-    stem = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in path.stem) or "object"
-    library, picture = path.with_name(f"{stem}.mtl"), path.with_name(f"{stem}.png")
+    library, picture = obj_companions(path)
     # illum 0: the colour as it is, without lights
     material = f"newmtl surface\nKa 0 0 0\nKd 1 1 1\nKs 0 0 0\nillum 0\nmap_Kd {picture.name}\n"
     lines = [f"# {key}: {_json(value)}" for key, value in placed.items()]
-    lines += [f"mtllib {library.name}", f"o {stem}"]
+    lines += [f"mtllib {library.name}", f"o {library.stem}"]
     lines += [f"v {x:.7g} {y:.7g} {z:.7g}" for x, y, z in mesh.vertices.tolist()]
     lines += [f"vt {u:.7g} {1 - v:.7g}" for u, v in mesh.uv.tolist()]
     lines += [f"vn {x:.5g} {y:.5g} {z:.5g}" for x, y, z in mesh.normals.tolist()]
