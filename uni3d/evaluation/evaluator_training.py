@@ -47,7 +47,7 @@ from uni3d.evaluation.evaluator_losses import (
     soft_cross_entropy,
     view_loss,
 )
-from uni3d.evaluation.image_tower import EfficientNetTower, read_tower, start_from, tower_credit
+from uni3d.evaluation.image_tower import read_tower, start_from, tower_credit
 from uni3d.evaluation.network import EvaluatorNetwork, NetworkConfig
 from uni3d.evaluation.settings import EvaluatorSettings
 from uni3d.evaluation.vocabulary import PADDING, Vocabulary
@@ -235,14 +235,12 @@ class _Run:
             max_words=settings.max_words,
             vocabulary_size=len(vocabulary),
             dropout=settings.dropout,
-            tower="efficientnet_lite",
             input_size=settings.input_size,
             view_hidden=settings.view_hidden,
         )
         self.network = EvaluatorNetwork(config).to(device)
-        tower = self.network.image_tower
-        if settings.initial_tower is not None and isinstance(tower, EfficientNetTower):
-            start_from(tower, settings.initial_tower)
+        if settings.initial_tower is not None:
+            start_from(self.network.image_tower, settings.initial_tower)
         if device.type == "cuda":
             self.network = self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.averaged = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
@@ -398,7 +396,14 @@ class _Run:
             ceiling = measure_ceiling(self.averaged_evaluator(), unseen_views, max_views=_PROGRESS_VIEWS)
             parts = {
                 name: ceiling.get(name)
-                for name in ("noun_macro", "noun", "colour_recoloured", "view_with_front", "view")
+                for name in (
+                    "noun_macro",
+                    "noun_stress_macro",
+                    "noun",
+                    "colour_recoloured",
+                    "view_with_front",
+                    "view",
+                )
             }
             accuracy = " | unseen: " + " ".join(
                 f"{name} {100 * rate['mean']:.1f} %" for name, rate in parts.items() if rate is not None

@@ -8,7 +8,6 @@ Legend: B batch, H W pixels, L words, F pooled features, E embedding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,6 @@ class NetworkConfig:
     max_words: int
     vocabulary_size: int
     dropout: float = 0.0
-    tower: Literal["residual", "efficientnet_lite"] = "residual"
     input_size: int | None = None
     """Side to which the image tower resamples its images first; None takes them as they are."""
     view_hidden: int = 0
@@ -50,80 +48,6 @@ class NetworkConfig:
             )
         if self.text_width % self.text_heads:
             raise UsageError(f"text_width {self.text_width} is not divisible by text_heads {self.text_heads}")
-
-
-class _ConvNorm(nn.Sequential):
-    """Convolution, batch normalisation and, unless it ends a block, an activation."""
-
-    def __init__(
-        self, channels_in: int, channels: int, size: int, stride: int = 1, *, activate: bool = True
-    ) -> None:
-        layers: list[nn.Module] = [
-            nn.Conv2d(channels_in, channels, size, stride, size // 2, bias=False),
-            nn.BatchNorm2d(channels),
-        ]
-        super().__init__(*layers, *([nn.SiLU(inplace=True)] if activate else []))
-
-
-class _ChannelGate(nn.Module):
-    """Squeeze and excitation (Hu et al. 2018): channels are weighed by what the whole image holds."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        hidden = max(channels // 8, 8)
-        self.squeeze = nn.Conv2d(channels, hidden, 1)
-        self.excite = nn.Conv2d(hidden, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights = self.excite(functional.silu(self.squeeze(x.mean(dim=(2, 3), keepdim=True))))
-        return x * torch.sigmoid(weights)
-
-
-class _ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with a channel gate; the shortcut averages when the block halves the side."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            _ConvNorm(channels_in, channels, 3, stride),
-            _ConvNorm(channels, channels, 3, activate=False),
-            _ChannelGate(channels),
-        )
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels_in != channels:
-            pool: list[nn.Module] = [nn.AvgPool2d(stride)] if stride != 1 else []
-            self.shortcut = nn.Sequential(*pool, _ConvNorm(channels_in, channels, 1, activate=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.silu(self.body(x) + self.shortcut(x))
-
-
-class ResidualTower(nn.Module):
-    """Images [B, 3, H, W] in [0, 1] to pooled features [B, F]: mean and maximum over the last feature map."""
-
-    def __init__(self, config: NetworkConfig) -> None:
-        super().__init__()
-        first = config.stage_channels[0]
-        self.stem = nn.Sequential(
-            _ConvNorm(3, first // 2, 3, 2),
-            _ConvNorm(first // 2, first // 2, 3),
-            _ConvNorm(first // 2, first, 3, 2),
-        )
-        stages: list[nn.Module] = []
-        previous = first
-        for stage, (channels, blocks) in enumerate(
-            zip(config.stage_channels, config.stage_blocks, strict=True)
-        ):
-            for block in range(blocks):
-                stages.append(_ResidualBlock(previous, channels, 2 if stage > 0 and block == 0 else 1))
-                previous = channels
-        self.stages = nn.Sequential(*stages)
-        self.num_features = 2 * previous
-        self.norm = nn.LayerNorm(self.num_features)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.stages(self.stem(images * 4 - 2))
-        return self.norm(torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1).float())
 
 
 class TextTower(nn.Module):
@@ -155,16 +79,6 @@ class TextTower(nn.Module):
         return self.norm(((x * keep).sum(1) / keep.sum(1).clamp_min(1)).float())
 
 
-def _image_tower(config: NetworkConfig) -> ResidualTower | EfficientNetTower:
-    if config.tower == "residual":
-        return ResidualTower(config)
-    return EfficientNetTower(
-        stage_channels=config.stage_channels,
-        stage_blocks=config.stage_blocks,
-        input_size=config.input_size,
-    )
-
-
 def _view_head(num_features: int, hidden: int) -> nn.Module:
     """Features [B, F] to view logits [B, 4]; a hidden layer lets the front depend on what the object is."""
     if not hidden:
@@ -187,7 +101,11 @@ class EvaluatorNetwork(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_tower = _image_tower(config)
+        self.image_tower = EfficientNetTower(
+            stage_channels=config.stage_channels,
+            stage_blocks=config.stage_blocks,
+            input_size=config.input_size,
+        )
         self.text_tower = TextTower(config)
         self.dropout = nn.Dropout(config.dropout)
         self.image_projection = nn.Linear(self.image_tower.num_features, config.embedding_size)
