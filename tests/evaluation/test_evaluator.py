@@ -14,7 +14,9 @@ from evaluation_fixtures import merged, painted_views
 from uni3d.errors import MissingWeightsError, UsageError
 from uni3d.evaluation.ceiling import grey_composites
 from uni3d.evaluation.evaluator import Evaluator
+from uni3d.evaluation.evaluator_card import write_card
 from uni3d.evaluation.evaluator_training import fit_evaluator, train_evaluator
+from uni3d.evaluation.report import stress_note
 from uni3d.evaluation.settings import EvaluatorSettings
 
 TINY = EvaluatorSettings(
@@ -64,6 +66,7 @@ def test_it_tells_red_crates_from_blue_planets(trained: tuple[Path, dict]) -> No
     ceiling = metrics["ceiling"]
     assert ceiling["num_images"] == 24 and ceiling["num_assets"] == 8
     assert ceiling["noun"]["mean"] >= 0.8
+    assert ceiling["noun_stress"]["num"] == 8 and 0 <= ceiling["noun_stress_macro"]["mean"] <= 1
     assert ceiling["noun"]["low"] <= ceiling["noun"]["mean"] <= ceiling["noun"]["high"]
 
 
@@ -73,6 +76,16 @@ def test_its_folder_holds_weights_nouns_metrics_and_a_card(trained: tuple[Path, 
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     card = (folder / "README.md").read_text()
     assert "right noun among 2" in card and "| crate |" in card and "painted (CC0-1.0)" in card
+    assert "after a fixed loss of detail" in card
+
+
+def test_metrics_from_before_the_stress_are_still_read(trained: tuple[Path, dict], tmp_path: Path) -> None:
+    folder, metrics = trained
+    old = {name: value for name, value in metrics["ceiling"].items() if not name.startswith("noun_stress")}
+    write_card(tmp_path / "README.md", Evaluator.load(folder), metrics | {"ceiling": old}, [])
+    card = (tmp_path / "README.md").read_text()
+    assert "right noun among 2, per image |" in card and "a fixed loss of detail |" not in card
+    assert stress_note(old) == [] and "falls on smooth images" in stress_note(metrics["ceiling"])[1]
 
 
 def test_saving_and_loading_keeps_the_scores(trained: tuple[Path, dict], tmp_path: Path) -> None:

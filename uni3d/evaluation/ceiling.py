@@ -18,6 +18,7 @@ from uni3d.evaluation.benchmark_nouns import BENCHMARK_COLOURS, record_category
 from uni3d.evaluation.evaluator import Evaluator
 from uni3d.evaluation.evaluator_data import basic_colours, recolourable
 from uni3d.evaluation.network import VIEW_WORDS, ImageOutput
+from uni3d.evaluation.smoothing import lossy_generator
 from uni3d.evaluation.statistics import Rate, bootstrap_rate, frechet_distance
 from uni3d.evaluation.verdicts import front_quadrants, right_view
 from uni3d.scene.camera import view_word
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _SECTOR_CENTRE_DEG = 20.0
 _CHUNK = 512
+_STRESS_BATCH = 64
 
 
 def grey_composites(images: np.ndarray, *, seed: int = 0) -> Tensor:
@@ -49,9 +51,11 @@ def measure_ceiling(
 
     Images are averaged per asset before the bootstrap resamples assets. `noun` averages the images of an
     asset, `noun_macro` those of a noun (captions ask for all nouns alike), and `noun_by_object` averages the
-    probabilities over an asset's views first. `colour_natural` uses the assets' own dominant colour word,
-    `colour_recoloured` paints the main material in random colours. `view` follows `right_view`;
-    `view_with_front` and `view_strict` use the four-way choice for objects with a front and for all objects.
+    probabilities over an asset's views first. `noun_stress` and `noun_stress_macro` ask after the fixed loss
+    of detail of `lossy_generator`: generated images are as smooth. `colour_natural` uses the assets' own
+    dominant colour word, `colour_recoloured` paints the main material in random colours. `view` follows
+    `right_view`; `view_with_front` and `view_strict` use the four-way choice for objects with a front and for
+    all objects.
     `max_views` measures a random subset (for progress reports).
     """
     nouns = evaluator.noun_names
@@ -65,11 +69,15 @@ def measure_ceiling(
     if not records:
         return {"num_images": 0, "num_assets": 0, "noun": None, "noun_macro": None}
     parts: list[ImageOutput] = []
+    stressed: list[Tensor] = []
     painted_right: list[tuple[int, float]] = []
     for start in range(0, len(keep), _CHUNK):
         chosen = keep[start : start + _CHUNK]
         images = np.asarray(views.images[chosen])
-        parts.append(evaluator.encode(grey_composites(images, seed=seed + start)))
+        composites = grey_composites(images, seed=seed + start)
+        parts.append(evaluator.encode(composites))
+        smooth = torch.cat([lossy_generator(piece) for piece in composites.split(_STRESS_BATCH)])
+        stressed.append(evaluator.noun_probabilities(evaluator.encode(smooth), nouns))
         masks = np.asarray(views.main_masks[chosen])
         painted_right += [
             (start + index, value)
@@ -86,6 +94,7 @@ def measure_ceiling(
     noun_probabilities = evaluator.noun_probabilities(output, nouns)
     asked_noun = torch.tensor([nouns.index(category) for category in categories])
     noun_right = (noun_probabilities.argmax(1) == asked_noun).float()
+    stress_right = (torch.cat(stressed).argmax(1) == asked_noun).float()
     colour = _natural_colour_accuracy(evaluator, output, records)
     view_probabilities = evaluator.view_probabilities(output)
     asked_view = [view_word(record.azimuth_deg, record.elevation_deg) for record in records]
@@ -109,6 +118,8 @@ def measure_ceiling(
         "noun": rate(where(noun_right, everything)),
         "noun_by_object": _by_object(noun_probabilities, asked_noun, assets, num_bootstrap),
         "noun_macro": _macro(noun_right, categories, num_bootstrap),
+        "noun_stress": rate(where(stress_right, everything)),
+        "noun_stress_macro": _macro(stress_right, categories, num_bootstrap),
         "colour_natural": rate(colour),
         "colour_recoloured": rate(painted_right),
         "view": rate(where(right_view(view_probabilities, asked_view, with_front).float(), everything)),

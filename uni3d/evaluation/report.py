@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -17,3 +17,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
     """Lines of a Markdown table; bars inside cells are escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def stress_note(ceiling: Mapping[str, Any]) -> list[str]:
+    """Lines that say what the evaluator's ceiling is on smooth images; none where it was not measured."""
+    if ceiling.get("noun_stress_macro") is None:
+        return []
+    return [
+        "",
+        f"The evaluator's ceiling falls on smooth images: right object {format_rate(ceiling['noun_stress'])} "
+        f"of views, all nouns alike {format_rate(ceiling['noun_stress_macro'])}, after a fixed loss of "
+        f"detail (crisp: {format_rate(ceiling['noun'])} and {format_rate(ceiling['noun_macro'])}).",
+    ]

@@ -25,7 +25,7 @@ from uni3d.evaluation.contact_sheet import SheetRow, write_contact_sheet
 from uni3d.evaluation.evaluator import Evaluator
 from uni3d.evaluation.evaluator_data import UNSEEN_ROLE, basic_colours
 from uni3d.evaluation.network import VIEW_WORDS
-from uni3d.evaluation.report import format_rate, markdown_table
+from uni3d.evaluation.report import format_rate, markdown_table, stress_note
 from uni3d.evaluation.settings import TeacherQualitySettings
 from uni3d.evaluation.statistics import bootstrap_rate, frechet_distance
 from uni3d.evaluation.verdicts import right_view
@@ -352,6 +352,7 @@ def teacher_markdown(report: dict[str, Any]) -> str:
         f"{report['num_failed_images']} failed images, counted as wrong.",
         "",
         *markdown_table(["what", "rate (95 % interval)", "per seed, %", "evaluator's ceiling"], rows),
+        *stress_note(ceiling),
     ]
     distance = report["fd_evaluator"]
     if distance is not None:
