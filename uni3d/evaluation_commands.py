@@ -64,7 +64,10 @@ def evaluate(arguments: Sequence[str]) -> int:
 
     with results_only() as stdout:
         report = evaluate_meshes(
-            [MeshItem(file, *asked_of(file, prompt)) for file in files],
+            [
+                MeshItem(file, *asked_of(file, prompt), fog=recorded_fog(path))
+                for path, file in zip(options.meshes, files, strict=True)
+            ],
             Evaluator.load(folder, device=checked_device(options.device)),
             settings=options.settings,
             output_dir=options.output,
@@ -86,6 +89,15 @@ def mesh_file(path: Path) -> Path:
     if not path.is_file():
         raise UsageError(f"'{path}' does not exist; pass a mesh file or the directory of a run")
     return path
+
+
+def recorded_fog(path: Path) -> float | None:
+    """The fog that a run's directory recorded, a share in [0, 1]; None where there is none."""
+    try:
+        fog = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["fog"]
+        return float(fog) if 0 <= fog <= 1 else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def asked_of(file: Path, prompt: str | None) -> tuple[str, int | None]:

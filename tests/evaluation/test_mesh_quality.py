@@ -16,7 +16,6 @@ from uni3d.evaluation.mesh_quality import (
     RenderedMesh,
     evaluate_meshes,
     evaluation_cameras,
-    fog_fraction,
     render_mesh,
 )
 from uni3d.evaluation.settings import MeshQualitySettings
@@ -62,24 +61,10 @@ def test_quadrants_and_janus() -> None:
     assert is_janus(three_faces, azimuths) and is_janus(two_faces, azimuths, min_quadrants=2)
 
 
-def test_fog_is_the_share_of_half_transparent_silhouette() -> None:
-    opacity = torch.zeros(1, 10, 10)
-    opacity[0, :5] = 1.0
-    opacity[0, 0, :5] = 0.5
-    opacity[0, 9] = 0.05
-    assert fog_fraction(opacity) == pytest.approx(5 / 50)
-    assert fog_fraction(torch.zeros(2, 4, 4)) == 0.0
-    assert fog_fraction(np.full((1, 4, 4), 0.4)) == 1.0
-    with pytest.raises(UsageError, match="NaN"):
-        fog_fraction(torch.full((1, 2, 2), float("nan")))
-
-
 def test_report_counts_failures_empties_and_janus(tmp_path: Path) -> None:
-    foggy = torch.full((24, 8, 8), 0.5)
-    solid = torch.ones(24, 8, 8)
     items = [
-        MeshItem(Path("chair-red-good.glb"), "a red chair", 0, solid),
-        MeshItem(Path("chair-red-janus.glb"), "a red chair", 1, foggy),
+        MeshItem(Path("chair-red-good.glb"), "a red chair", 0, fog=0.02),
+        MeshItem(Path("chair-red-janus.glb"), "a red chair", 1, fog=0.5),
         MeshItem(Path("rock-blue-good.glb"), "a red chair", 2),
         MeshItem(Path("chair-red-broken.glb"), "a red chair", 3),
         MeshItem(Path("rock-grey-empty.glb"), "a rock", 4),
@@ -101,12 +86,14 @@ def test_report_counts_failures_empties_and_janus(tmp_path: Path) -> None:
     # The drawn Janus and the broken file, among four prompts for chairs.
     assert rates["is_janus"]["num"] == 4 and rates["is_janus"]["mean"] == pytest.approx(2 / 4)
     assert rates["is_foggy"]["num"] == 2 and rates["is_foggy"]["mean"] == pytest.approx(1 / 2)
+    assert rates["fog"]["mean"] == pytest.approx(0.26)
     assert [mesh["is_good"] for mesh in report["meshes"]] == [True, False, False, False, False, True]
     assert report["meshes"][3]["error"] == "'chair-red-broken.glb' is damaged"
     assert report["view_confusion"]["back"]["front"] > 0
     assert json.loads((tmp_path / "mesh_quality.json").read_text())["num_failed"] == 1
     table = (tmp_path / "mesh_quality.md").read_text()
     assert "1 could not be rendered and 1 are empty" in table and "wrong object" in table
+    assert "| fog | 50.0 %" in table
     assert (tmp_path / "mesh_quality.png").stat().st_size > 0
 
 
@@ -121,7 +108,7 @@ def test_cameras_are_rings_from_the_front() -> None:
         evaluate_meshes([], EVALUATOR)  # type: ignore[arg-type]
 
 
-def test_a_real_glb_is_rendered_unlit_over_grey(tmp_path: Path) -> None:
+def test_a_real_glb_is_rendered_unlit_over_grey(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trimesh = pytest.importorskip("trimesh")
     pytest.importorskip("embreex")
     box = trimesh.creation.box(extents=(4, 4, 4))
@@ -143,3 +130,5 @@ def test_a_real_glb_is_rendered_unlit_over_grey(tmp_path: Path) -> None:
     ]
     report = evaluate_meshes(items, EVALUATOR, settings=SETTINGS)  # type: ignore[arg-type]
     assert report["num_failed"] == 2 and report["rates"]["noun_right"]["mean"] == 0.0
+    for name, message in zip(("broken.glb", "missing.glb"), caplog.messages, strict=True):
+        assert message.count(str(tmp_path / name)) == 1

@@ -23,11 +23,11 @@ from uni3d.evaluation.benchmark_nouns import BENCHMARK_COLOURS, HAS_FRONT, parse
 from uni3d.evaluation.contact_sheet import SheetRow, write_contact_sheet
 from uni3d.evaluation.evaluator import Evaluator
 from uni3d.evaluation.network import VIEW_WORDS
-from uni3d.evaluation.report import format_rate, markdown_table
+from uni3d.evaluation.report import format_rate, markdown_table, stress_note
 from uni3d.evaluation.settings import MeshQualitySettings
 from uni3d.evaluation.statistics import bootstrap_rate
 from uni3d.evaluation.verdicts import front_quadrants
-from uni3d.mesh.report import fog_fraction
+from uni3d.mesh.report import fog_fraction as fog_fraction  # For tests/mesh/test_report.py only.
 from uni3d.scene.camera import Cameras
 from uni3d.training.checkpoint import atomic_write_json, atomic_write_text
 
@@ -36,12 +36,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MeshItem:
-    """One exported mesh; `opacity` [V, H, W] in [0, 1] shows the field it came from, for the fog check."""
+    """One exported mesh; `fog` is the half-transparent share of its field's silhouette, if that is known."""
 
     path: Path
     prompt: str
     seed: int | None = None
-    opacity: Tensor | np.ndarray | None = None
+    fog: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,6 @@ RenderFn = Callable[[Path, Cameras, int, MeshQualitySettings], RenderedMesh]
 def evaluation_cameras(settings: MeshQualitySettings | None = None) -> Cameras:
     """The cameras of a mesh's views: one ring per elevation, each starting at the front."""
     settings = settings or MeshQualitySettings()
-    if settings.num_azimuths < 4 or settings.num_azimuths % 4:
-        raise UsageError(f"num_azimuths is {settings.num_azimuths}; expected a multiple of 4, at least 4")
     step = 360.0 / settings.num_azimuths
     azimuths = [(index * step + 180.0) % 360.0 - 180.0 for index in range(settings.num_azimuths)]
     return Cameras.from_lists(
@@ -192,23 +190,18 @@ def _score_mesh(
         "view_right": 0.0 if front else None,
         "is_janus": True if front else None,
     }
+    if item.fog is not None:
+        known |= {"fog": item.fog, "is_foggy": item.fog > settings.max_fog}
     try:
-        known |= _fog(item, settings)
         rendered = render(item.path, cameras, size, settings)
     except (UsageError, OSError) as error:
-        logger.warning("%s: %s", item.path, error)
-        return MeshScore(**known, **wrong, error=str(error)), None
+        message = str(error) if str(item.path) in str(error) else f"'{item.path}': {error}"
+        logger.warning("%s", message)
+        return MeshScore(**known, **wrong, error=message), None
     known["coverage"] = float(rendered.coverage.mean())
     if known["coverage"] < settings.min_coverage:
         return MeshScore(**known, **wrong, is_empty=True), rendered
     return MeshScore(**known, **_judge(rendered.images, asked, evaluator, cameras, settings)), rendered
-
-
-def _fog(item: MeshItem, settings: MeshQualitySettings) -> dict[str, Any]:
-    if item.opacity is None:
-        return {}
-    fog = fog_fraction(item.opacity, low=settings.fog_low, high=settings.fog_high)
-    return {"fog": fog, "is_foggy": fog > settings.max_fog}
 
 
 def _judge(
@@ -330,6 +323,7 @@ def mesh_markdown(report: dict[str, Any]) -> str:
         f"not be rendered and {report['num_empty']} are empty, both counted as wrong.",
         "",
         *markdown_table(header, rows),
+        *stress_note(ceiling),
         "",
         *markdown_table(
             ["prompt", "seed", "seen as", "views right", "remarks"], [_line(m) for m in report["meshes"]]

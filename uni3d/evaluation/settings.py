@@ -1,13 +1,29 @@
-"""Settings of the evaluator's training and of the measurements, as plain data; standard library only.
+"""Settings of the evaluator's training and of the measurements: plain data, standard library and errors only.
 
 Every field of `EvaluatorSettings` is a key of `configs/evaluator.yaml`. The schedule is driven by steps or by
-minutes, whichever is nearer to its end.
+minutes, whichever is nearer to its end. Values out of range raise ConfigError.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from uni3d.errors import ConfigError
+
+_MAX_SEED = 2**63 - 1
+
+
+def _check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raise ConfigError for a number outside its range (NaN is), in tuples too, and for an empty tuple."""
+    for key, (low, high) in ranges.items():
+        value = getattr(settings, key)
+        if value == ():
+            raise ConfigError(f"{key} is empty; expected at least one number from {low:g} to {high:g}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not low <= number <= high:
+                raise ConfigError(f"{key} is {str(number)[:40]}; expected a number from {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -89,6 +105,56 @@ class EvaluatorSettings:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."""
 
+    def __post_init__(self) -> None:
+        _check_ranges(self, _EVALUATOR_RANGES)
+        if len(self.stage_channels) != len(self.stage_blocks) or len(self.stage_channels) > 7:
+            raise ConfigError(
+                f"stage_channels has {len(self.stage_channels)} entries and stage_blocks "
+                f"{len(self.stage_blocks)}; expected equally many, at most 7"
+            )
+        if self.text_width % self.text_heads:
+            raise ConfigError(
+                f"text_width is {self.text_width}; expected a multiple of text_heads ({self.text_heads})"
+            )
+
+
+_EVALUATOR_RANGES: dict[str, tuple[float, float]] = {
+    "image_size": (8, 4096),
+    "input_size": (8, 4096),
+    "stage_channels": (1, 8192),
+    "stage_blocks": (1, 64),
+    "view_hidden": (0, 65536),
+    "embedding_size": (1, 65536),
+    "text_width": (1, 8192),
+    "text_layers": (1, 64),
+    "text_heads": (1, 256),
+    "max_words": (3, 1000),
+    "steps": (1, 1e9),
+    "max_minutes": (0.001, 1e6),
+    "batch_size": (2, 65536),
+    "learning_rate": (0, 10),
+    "tower_learning_rate": (0, 10),
+    "weight_decay": (0, 10),
+    "warmup_steps": (0, 1e9),
+    "gradient_clip": (1e-6, 1e9),
+    "ema_decay": (0, 1),
+    "label_smoothing": (0, 0.99),
+    "dropout": (0, 0.99),
+    "category_balance": (0, 10),
+    "recolour_probability": (0, 1),
+    "noun_weight": (0, 1e6),
+    "benchmark_weight": (0, 1e6),
+    "colour_weight": (0, 1e6),
+    "view_weight": (0, 1e6),
+    "caption_weight": (0, 1e6),
+    "num_benchmark_nouns": (1, 1e6),
+    "save_seconds": (0, 1e9),
+    "log_seconds": (0, 1e9),
+    "num_workers": (0, 1024),
+    "limit_views": (1, 1e9),
+    "seed": (0, _MAX_SEED),
+}
+
 
 @dataclass(frozen=True)
 class TeacherQualitySettings:
@@ -104,6 +170,18 @@ class TeacherQualitySettings:
     """Resamples of the captions behind each 95 % interval."""
     caption_seed: int = 0
     """Seed of the choice of captions."""
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, _TEACHER_QUALITY_RANGES)
+
+
+_TEACHER_QUALITY_RANGES: dict[str, tuple[float, float]] = {
+    "num_captions": (1, 1e6),
+    "seeds": (0, 2**31 - 1),  # Each is multiplied by a million to part the captions' noise.
+    "batch_size": (1, 65536),
+    "num_bootstrap": (1, 1e6),
+    "caption_seed": (0, _MAX_SEED),
+}
 
 
 @dataclass(frozen=True)
@@ -124,13 +202,28 @@ class MeshQualitySettings:
     """Grey level behind the object."""
     min_coverage: float = 0.01
     """A mesh that covers less than this share of the frame, averaged over the views, is empty."""
-    fog_low: float = 0.1
-    """Opacity from which a pixel belongs to the silhouette."""
-    fog_high: float = 0.9
-    """Opacity from which a pixel of the silhouette is solid."""
     max_fog: float = 0.10
-    """Largest share of silhouette pixels that may be neither empty nor solid."""
+    """Largest share of the field's silhouette that may be half transparent, where a run recorded it."""
     janus_quadrants: int = 3
     """A front recognised in at least this many of the four quadrants is a Janus."""
     num_bootstrap: int = 1000
     """Resamples of the meshes behind each 95 % interval."""
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, _MESH_QUALITY_RANGES)
+        if self.num_azimuths % 4:
+            raise ConfigError(f"num_azimuths is {self.num_azimuths}; expected a multiple of 4, at least 4")
+
+
+_MESH_QUALITY_RANGES: dict[str, tuple[float, float]] = {
+    "num_azimuths": (4, 360),
+    "elevations_deg": (-90, 90),
+    "radius": (1, 100),
+    "fov_y_deg": (1, 120),
+    "supersample": (1, 16),
+    "background": (0, 1),
+    "min_coverage": (0, 1),
+    "max_fog": (0, 1),
+    "janus_quadrants": (1, 4),
+    "num_bootstrap": (1, 1e6),
+}
