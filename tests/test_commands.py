@@ -11,6 +11,7 @@ import trimesh
 from PIL import Image
 
 from uni3d import cli
+from uni3d.evaluation_commands import recorded_fog
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +88,47 @@ def test_evaluate_asks_for_what_a_file_does_not_say(
     assert "holds no mesh.glb" in capsys.readouterr().err
     assert cli.main(["evaluate", str(tmp_path / "none.glb")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "message"),
+    [
+        ("evaluator", "--steps", "steps is 0; expected a number from 1"),
+        ("teacher", "--denoiser.planned-steps", "denoiser.planned_steps is 0; expected a number from 1"),
+    ],
+)
+def test_training_for_no_steps_is_one_sentence(
+    command: str, flag: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [command, "train", str(tmp_path), "--output", str(tmp_path / "run"), flag, "0"]
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and message in err
+
+
+def test_fog_is_read_from_the_run_that_recorded_it(tmp_path: Path) -> None:
+    assert recorded_fog(tmp_path) is None and recorded_fog(tmp_path / "mesh.glb") is None
+    file = tmp_path / "metrics.json"
+    cases = [('{"fog": 0.25}', 0.25), ('{"fog": 0}', 0.0), ("{}", None), ("[1]", None), ("{", None)]
+    cases += [
+        ('{"fog": 2}', None),
+        ('{"fog": NaN}', None),
+        ('{"fog": "much"}', None),
+        ('{"fog": null}', None),
+    ]
+    for text, expected in cases:
+        file.write_text(text)
+        assert recorded_fog(tmp_path) == expected, text
+    file.write_bytes(b"\xff\xfe")
+    assert recorded_fog(tmp_path) is None
+
+
+def test_evaluate_reports_the_fog_of_runs_and_names_a_broken_mesh(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mesh.glb").write_bytes(b"no mesh")
+    (tmp_path / "metrics.json").write_text('{"fog": 0.5}')
+    assert cli.main(["evaluate", str(tmp_path), "--prompt", "a red chair", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rates"]["is_foggy"]["mean"] == 1.0
+    assert err.count(str(tmp_path / "mesh.glb")) == 1

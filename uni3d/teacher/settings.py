@@ -1,4 +1,4 @@
-"""Settings of the embedded teacher's training, as plain data: neither torch nor the project is imported.
+"""Settings of the embedded teacher's training, as plain data; values out of range raise ConfigError.
 
 Every field is a key of `configs/teacher.yaml`. Minutes are wall-clock minutes of training, in all leases
 together; a schedule is driven by minutes where `planned_minutes` is set and by steps where it is not.
@@ -6,8 +6,34 @@ together; a schedule is driven by minutes where `planned_minutes` is set and by 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from uni3d.config_values import MAX_SEED, check_range
+from uni3d.errors import ConfigError
+
+Range = tuple[float, float]
+_SHARE: Range = (0, 1)
+_COUNT: Range = (1, 1e9)
+_WEIGHT: Range = (0, 1e6)
+_MINUTES: Range = (0.001, 1e6)
+
+
+def _check_ranges(group: str, settings: object, ranges: Mapping[str, Range]) -> None:
+    """Raise ConfigError for a number outside its range, in tuples too, and for an empty tuple."""
+    for key, (low, high) in ranges.items():
+        value: Any = getattr(settings, key)
+        if value == ():
+            raise ConfigError(f"{group}{key} is empty; expected at least one number")
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None:
+                check_range(f"{group}{key}", number, low, high)
+
+
+def _check_multiple(key: str, value: int, divisor_key: str, divisor: int) -> None:
+    if value % divisor:
+        raise ConfigError(f"{key} is {value}; expected a multiple of {divisor_key} ({divisor})")
 
 
 @dataclass(frozen=True)
@@ -41,6 +67,28 @@ class TeacherDataConfig:
     view_word_probability: float = 0.85
     """Captions that end with the view word (", front view")."""
 
+    def __post_init__(self) -> None:
+        if not self.roles:
+            raise ConfigError("data.roles is empty; expected at least one role, such as teacher")
+        _check_ranges(
+            "data.",
+            self,
+            {
+                "limit_views": _COUNT,
+                "num_workers": (0, 1024),
+                "heldout_assets": (0, 1e6),
+                "balance_power": (0, 10),
+                "recolour_probability": _SHARE,
+                "recolour_jitter": _SHARE,
+                "flip_probability": _SHARE,
+                "light_background_probability": _SHARE,
+                "gradient_background_probability": _SHARE,
+                "caption_variants": (1, 1000),
+                "recolour_caption_variants": (1, 1000),
+                "view_word_probability": _SHARE,
+            },
+        )
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
@@ -73,6 +121,41 @@ class AutoencoderConfig:
     """Weight of the KL divergence to a unit Gaussian, summed over a latent."""
     compile: bool = False
     """torch.compile; it seldom pays within a few minutes."""
+
+    def __post_init__(self) -> None:
+        _check_ranges(
+            "autoencoder.",
+            self,
+            {
+                "image_size": (8, 4096),
+                "block_out_channels": (1, 8192),
+                "layers_per_block": (1, 64),
+                "latent_channels": (1, 1024),
+                "norm_num_groups": (1, 8192),
+                "batch_size": (1, 65536),
+                "learning_rate": (0, 10),
+                "weight_decay": (0, 10),
+                "warmup_steps": (0, 1e9),
+                "planned_minutes": _MINUTES,
+                "planned_steps": _COUNT,
+                "gradient_clip": (1e-6, 1e9),
+                "foreground_weight": _WEIGHT,
+                "chroma_weight": _WEIGHT,
+                "gradient_weight": _WEIGHT,
+                "coarse_weight": _WEIGHT,
+                "kl_weight": _WEIGHT,
+            },
+        )
+        for channels in self.block_out_channels:
+            _check_multiple(
+                "autoencoder.block_out_channels", channels, "norm_num_groups", self.norm_num_groups
+            )
+        halvings = len(self.block_out_channels) - 1
+        if self.image_size % 2**halvings:
+            raise ConfigError(
+                f"autoencoder.image_size is {self.image_size}; expected a multiple of {2**halvings}, because "
+                f"{len(self.block_out_channels)} block_out_channels halve it {halvings} times"
+            )
 
 
 @dataclass(frozen=True)
@@ -120,6 +203,47 @@ class DenoiserConfig:
     compile: bool = True
     """torch.compile of the UNet on a GPU; falls back to plain execution, and says so, when it fails."""
 
+    def __post_init__(self) -> None:
+        _check_ranges(
+            "denoiser.",
+            self,
+            {
+                "block_out_channels": (1, 8192),
+                "attention_heads": (1, 1024),
+                "layers_per_block": (1, 64),
+                "norm_num_groups": (1, 8192),
+                "context_dim": (1, 8192),
+                "context_length": (4, 1024),
+                "text_layers": (1, 64),
+                "text_heads": (1, 1024),
+                "batch_size": (1, 65536),
+                "accumulate_steps": (1, 65536),
+                "learning_rate": (0, 10),
+                "min_learning_rate_fraction": _SHARE,
+                "weight_decay": (0, 10),
+                "warmup_steps": (0, 1e9),
+                "resume_warmup_steps": (0, 1e9),
+                "planned_minutes": _MINUTES,
+                "planned_steps": _COUNT,
+                "gradient_clip": (1e-6, 1e9),
+                "text_dropout": _SHARE,
+                "camera_dropout": _SHARE,
+                "ema_decay": _SHARE,
+                "latent_reuse": (1, 1e6),
+                "latent_pool": (1, 1e8),
+            },
+        )
+        if len(self.attention_heads) != len(self.block_out_channels):
+            raise ConfigError(
+                f"denoiser.attention_heads has {len(self.attention_heads)} entries and block_out_channels "
+                f"{len(self.block_out_channels)}; expected one for each"
+            )
+        for channels, heads in zip(self.block_out_channels, self.attention_heads, strict=True):
+            _check_multiple("denoiser.block_out_channels", channels, "norm_num_groups", self.norm_num_groups)
+            _check_multiple("denoiser.block_out_channels", channels, "attention_heads", heads)
+        _check_multiple("denoiser.context_dim", self.context_dim, "text_heads", self.text_heads)
+        _check_multiple("denoiser.batch_size", self.batch_size, "accumulate_steps", self.accumulate_steps)
+
 
 @dataclass(frozen=True)
 class TeacherConfig:
@@ -159,3 +283,18 @@ class TeacherConfig:
     data: TeacherDataConfig = field(default_factory=TeacherDataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+
+    def __post_init__(self) -> None:
+        _check_ranges(
+            "",
+            self,
+            {
+                "seed": (0, MAX_SEED),
+                "log_every_s": (0, 1e9),
+                "checkpoint_every_minutes": (0, 1e6),
+                "grid_every_minutes": (0, 1e6),
+                "guidance_scale": (0, 1000),
+                "num_sampling_steps": (1, 1000),
+                "max_file_mib": (0.001, 1e6),
+            },
+        )
