@@ -166,8 +166,13 @@ def test_autoencoder_loss_punishes_lost_colour_more_than_lost_light() -> None:
     zero = torch.zeros(2)
     assert autoencoder_loss(images, batch, zero, config) == 0
     assert autoencoder_loss(colour, batch, zero, config) > 1.5 * autoencoder_loss(light, batch, zero, config)
-    metrics = reconstruction_metrics(light, images)
+    left_half = torch.zeros(2, 1, SIZE, SIZE)
+    left_half[..., : SIZE // 2] = 1.0
+    metrics = reconstruction_metrics(light, images, torch.ones(2, 1, SIZE, SIZE))
     assert metrics["psnr_db"] == pytest.approx(-20 * math.log10(0.05), abs=1e-3)
+    assert metrics["object_psnr_db"] == pytest.approx(metrics["psnr_db"], abs=1e-3)
+    wrong = reconstruction_metrics(light * left_half, images, left_half)
+    assert wrong["psnr_db"] == pytest.approx(wrong["object_psnr_db"] + 10 * math.log10(2), abs=1e-3)
     assert metrics["chroma_error_levels"] == pytest.approx(0.0, abs=1e-4)
 
 

@@ -186,9 +186,9 @@ def _finish_autoencoder(session: Session, autoencoder: AutoencoderKL) -> dict[st
     num_measured = max(1, min(_NUM_MEASURED_VIEWS, 4 * len(session.pool)) // part)
     totals: Counter[str] = Counter()
     for index in range(num_measured):
-        images = measured.batch(index, part).images
-        decoded = autoencoder.decode(autoencoder.encode(images).latent_dist.mode()).sample  # type: ignore[union-attr]
-        for name, value in reconstruction_metrics(decoded, images).items():
+        batch = measured.batch(index, part)
+        decoded = autoencoder.decode(autoencoder.encode(batch.images).latent_dist.mode()).sample  # type: ignore[union-attr]
+        for name, value in reconstruction_metrics(decoded, batch.images, batch.alpha).items():
             totals[name] += value / num_measured  # type: ignore[assignment]
     metrics: dict[str, Any] = {name: round(float(value), 3) for name, value in totals.items()}
     metrics["measured_on"] = "assets left out of its training" if has_heldout else "training views"

@@ -196,7 +196,7 @@ def model_card(state: Mapping[str, Any], networks: Mapping[str, nn.Module], note
         f"{denoiser['steps']:,} denoiser steps, {denoiser['images_seen']:,} images seen; {minutes} of",
         f"autoencoder training, on one {denoiser['device']}.",
         f"Autoencoder on {autoencoder.get('measured_on', 'training views')}:",
-        f"{autoencoder['psnr_db']:.1f} dB PSNR,",
+        f"{autoencoder['psnr_db']:.1f} dB PSNR, {autoencoder['object_psnr_db']:.1f} dB on the object alone,",
         f"mean chroma error {autoencoder['chroma_error_levels']:.1f} of 255 levels.",
         "",
         "## Vocabulary",
