@@ -195,7 +195,9 @@ class RegularisersConfig:
     """Weights of the terms that keep the field compact and solid."""
 
     smoothness: Schedule = ((0.0, 0.3),)
-    """Squared differences between neighbouring cells."""
+    """Squared differences of density between neighbouring cells."""
+    colour_smoothness: Schedule = ((0.0, 0.3),)
+    """Squared differences of colour between neighbouring cells."""
     opacity_entropy: Schedule = ((0.0, 0.0), (0.25, 0.0), (1.0, 13.5))
     """Entropy of each pixel's opacity: pushes fog to be either there or not."""
     opacity: Schedule = ((0.0, 0.3),)
@@ -203,6 +205,7 @@ class RegularisersConfig:
 
     def __post_init__(self) -> None:
         check_schedule("regularisers.smoothness", self.smoothness, 0.0, 1e6)
+        check_schedule("regularisers.colour_smoothness", self.colour_smoothness, 0.0, 1e6)
         check_schedule("regularisers.opacity_entropy", self.opacity_entropy, 0.0, 1e6)
         check_schedule("regularisers.opacity", self.opacity, 0.0, 1e6)
 

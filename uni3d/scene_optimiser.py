@@ -235,8 +235,16 @@ class SceneOptimiser:
         """Weighted terms that keep the field compact; a term of weight zero is not computed."""
         weights = self.config.regularisers
         terms: dict[str, Tensor] = {}
-        if (weight := self._value(weights.smoothness)) > 0:
-            terms["smoothness"] = weight * total_variation(self.field, generator=self.generator)
+        smoothness, colour_smoothness = (
+            self._value(schedule) for schedule in (weights.smoothness, weights.colour_smoothness)
+        )
+        if smoothness > 0 or colour_smoothness > 0:
+            terms["smoothness"] = total_variation(
+                self.field,
+                density_weight=smoothness,
+                colour_weight=colour_smoothness,
+                generator=self.generator,
+            )
         if (weight := self._value(weights.opacity_entropy)) > 0:
             terms["opacity_entropy"] = weight * opacity_entropy(output.opacity)
         if (weight := self._value(weights.opacity)) > 0:
