@@ -137,6 +137,19 @@ def test_metadata_table_names_assets(library: Path, tmp_path: Path) -> None:
         scan_assets([library], metadata=tmp_path / "missing.csv")
 
 
+def test_a_metadata_table_that_has_no_effect_is_mentioned(
+    library: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = tmp_path / "names.csv"
+    table.write_text("path,name\nblue_box.glb,toy chest\n")
+    assets, _ = scan_assets(["procedural:vases:2", library], metadata=table)
+    assert "toy chest" in {asset.name for asset in assets}
+    (warning,) = caplog.messages
+    assert "has no effect on 'procedural:vases:2'" in warning
+    scan_assets(["procedural:vases:2"])
+    assert len(caplog.messages) == 1
+
+
 def test_a_zip_archive_is_a_library_too(library: Path, tmp_path: Path) -> None:
     archive = tmp_path / "pack.zip"
     with zipfile.ZipFile(archive, "w") as file:

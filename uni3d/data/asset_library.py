@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import posixpath
 import re
 import zipfile
@@ -28,6 +29,8 @@ from uni3d.data import naming, vases
 from uni3d.errors import UsageError
 from uni3d.mesh.raycaster import load_renderable
 from uni3d.mesh.renderable import RenderableMesh, safe_relative_name
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["teacher", "evaluator", "neither", "both"]
 ROLES: tuple[Role, ...] = ("teacher", "evaluator", "neither", "both")
@@ -75,11 +78,15 @@ def scan_assets(
     """List the assets under `paths` in a fixed order, with roles assigned, and what the naming tables skip.
 
     `metadata` is a CSV or JSON table; without it a `metadata.csv` or `metadata.json` in a scanned folder is
-    used. Raises UsageError for a path that does not exist, an unreadable table, or nothing to render.
+    used. Procedural assets and catalogues bring their own names: a given table draws a warning there. Raises
+    UsageError for a path that does not exist, an unreadable table, or nothing to render.
     """
     assets: list[Asset] = []
     skipped: list[Skipped] = []
     for path in paths:
+        has_names = str(path).startswith(PROCEDURAL_VASES) or Path(path).suffix.lower() == ".sh3f"
+        if metadata and has_names:
+            logger.warning("the table '%s' has no effect on '%s', which brings its own names", metadata, path)
         found, left_out = _scan_one(str(path), metadata)
         assets += found
         skipped += left_out
