@@ -25,8 +25,15 @@ from uni3d.config import (
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import ConfigError, TrainingDiverged, UsageError
 from uni3d.mesh.report import mesh_report, read_extras
-from uni3d.scene_optimiser import SceneOptimiser, resolve_recipe
-from uni3d.text_to_3d import TextTo3DPipeline, _MemoryStore, choose_device, generate
+from uni3d.scene_optimiser import DEFAULT_DIVERGENCE, SceneOptimiser, resolve_recipe
+from uni3d.text_to_3d import (
+    TextTo3DPipeline,
+    _load_teacher,
+    _MemoryStore,
+    choose_device,
+    generate,
+    provenance,
+)
 
 
 @pytest.fixture
@@ -247,7 +254,10 @@ def test_every_format_is_sound_and_says_where_it_came_from(tiny_teacher_folder: 
     )
     run = generate(config).run_directory
     extras = read_extras(run / "mesh.glb")
-    assert extras.items() >= {"prompt": "a red chair", "seed": 5, "method": "sds", "steps": 6}.items()
+    wanted = {"prompt": "a red chair", "seed": 5, "method": "sds", "divergence": "reverse_kl", "steps": 6}
+    assert extras.items() >= wanted.items()
+    assert json.loads((run / "metrics.json").read_text())["divergence"] == "reverse_kl"
+    assert provenance(TextTo3DConfig())["divergence"] == DEFAULT_DIVERGENCE
     assert extras["generator"].startswith("uni3d ") and extras["torch"] == torch.__version__
     for suffix in formats:
         report = mesh_report(run / f"mesh.{suffix}")
@@ -255,6 +265,13 @@ def test_every_format_is_sound_and_says_where_it_came_from(tiny_teacher_folder: 
         assert report["triangles"] <= 400
     assert (run / "mesh.mtl").is_file() and (run / "mesh.png").is_file()
     assert b"property uchar red" in (run / "mesh.ply").read_bytes()[:2000]
+
+
+def test_a_prompt_beyond_the_vocabulary_of_any_teacher_draws_a_warning(tiny_teacher_folder: Path) -> None:
+    config = _config(teacher=str(tiny_teacher_folder))
+    assert _load_teacher(config, "cpu")[1] is None
+    _, warning = _load_teacher(dataclasses.replace(config, prompt="a corgi"), "cpu")
+    assert warning is not None and warning.startswith("the teacher knows no object named in 'a corgi'")
 
 
 def test_methods_that_need_more_than_a_prompt_and_bad_devices_are_refused() -> None:

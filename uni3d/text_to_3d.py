@@ -186,7 +186,7 @@ def provenance(config: TextTo3DConfig) -> dict[str, Any]:
         "negative_prompt": config.negative_prompt,
         "seed": config.seed,
         "method": config.method,
-        "divergence": config.divergence,
+        "divergence": resolve_recipe(config).divergence.name,
         "steps": config.steps,
         "teacher": config.teacher if config.teacher == EMBEDDED else Path(config.teacher).name,
         "torch": torch.__version__,
@@ -375,11 +375,12 @@ def _open_run(config: TextTo3DConfig) -> RunDirectory:
 
 def _load_teacher(config: TextTo3DConfig, device: str) -> tuple[LatentDiffusionTeacher, str | None]:
     """The teacher, and what to say about a prompt with words that it does not know."""
-    if config.teacher != EMBEDDED:
-        return LatentDiffusionTeacher.from_pretrained(config.teacher, device=device), None
-    folder = weights_folder("teacher")
-    warning = unknown_prompt_warning(config.prompt, read_vocabulary(folder / "vocabulary.json"))
-    return LatentDiffusionTeacher.from_pretrained(folder, device=device), warning
+    source = weights_folder("teacher") if config.teacher == EMBEDDED else config.teacher
+    teacher = LatentDiffusionTeacher.from_pretrained(source, device=device)
+    file = Path(source) / "vocabulary.json"
+    if not file.is_file():  # Stable Diffusion, which knows most things
+        return teacher, None
+    return teacher, unknown_prompt_warning(config.prompt, read_vocabulary(file))
 
 
 def _optimise(
@@ -476,6 +477,7 @@ def _write_results(
         "prompt": config.prompt,
         "seed": config.seed,
         "method": config.method,
+        "divergence": resolve_recipe(config).divergence.name,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "mesh": mesh_report(run.path / f"mesh.{config.mesh.formats[0]}"),
         **figures,

@@ -11,7 +11,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -241,45 +240,42 @@ def known_words(vocabulary: dict[str, Any] | None = None) -> set[str]:
     return words | set(_COMMON_WORDS)
 
 
-@cache
-def _related_words() -> dict[str, tuple[str, ...]]:
-    """A few everyday words that spelling cannot lead from to a known noun."""
-    return {
-        "corgi": ("dog",),
-        "poodle": ("dog",),
-        "labrador": ("dog",),
-        "puppy": ("dog",),
-        "elephant": ("cow", "horse"),
-        "lion": ("cat", "wolf"),
-        "tiger": ("cat", "fox"),
-        "bear": ("wolf", "doll"),
-        "sheep": ("alpaca", "cow"),
-        "pig": ("cow",),
-        "eagle": ("bird",),
-        "owl": ("bird",),
-        "duck": ("bird",),
-        "dragon": ("dinosaur", "monster"),
-        "castle": ("tower", "house"),
-        "helicopter": ("airplane",),
-        "jet": ("airplane", "spaceship"),
-        "ufo": ("spaceship",),
-        "banana": ("fruit",),
-        "strawberry": ("fruit",),
-        "pineapple": ("fruit",),
-        "person": ("man", "woman"),
-        "soldier": ("man", "knight"),
-        "warrior": ("knight", "man"),
-        "wizard": ("man", "woman"),
-        "violin": ("guitar",),
-        "telescope": ("camera",),
-        "skyscraper": ("building",),
-        "church": ("temple", "building"),
-        "throne": ("armchair", "chair"),
-        "pizza": ("burger", "cake"),
-        "donut": ("cake",),
-        "shoe": ("shoe",),
-        "boot": ("shoe",),
-    }
+# A few everyday words that spelling cannot lead from to a known noun.
+_RELATED_WORDS: dict[str, tuple[str, ...]] = {
+    "corgi": ("dog",),
+    "poodle": ("dog",),
+    "labrador": ("dog",),
+    "puppy": ("dog",),
+    "elephant": ("cow", "horse"),
+    "lion": ("cat", "wolf"),
+    "tiger": ("cat", "fox"),
+    "bear": ("wolf", "doll"),
+    "sheep": ("alpaca", "cow"),
+    "pig": ("cow",),
+    "eagle": ("bird",),
+    "owl": ("bird",),
+    "duck": ("bird",),
+    "dragon": ("dinosaur", "monster"),
+    "castle": ("tower", "house"),
+    "helicopter": ("airplane",),
+    "jet": ("airplane", "spaceship"),
+    "ufo": ("spaceship",),
+    "banana": ("fruit",),
+    "strawberry": ("fruit",),
+    "pineapple": ("fruit",),
+    "person": ("man", "woman"),
+    "soldier": ("man", "knight"),
+    "warrior": ("knight", "man"),
+    "wizard": ("man", "woman"),
+    "violin": ("guitar",),
+    "telescope": ("camera",),
+    "skyscraper": ("building",),
+    "church": ("temple", "building"),
+    "throne": ("armchair", "chair"),
+    "pizza": ("burger", "cake"),
+    "donut": ("cake",),
+    "boot": ("shoe",),
+}
 
 
 def nearest_words(prompt: str, vocabulary: dict[str, Any] | None = None, *, num: int = 5) -> list[str]:
@@ -291,7 +287,7 @@ def nearest_words(prompt: str, vocabulary: dict[str, Any] | None = None, *, num:
     for word in reversed(_words_of(prompt)):
         if word in known:
             continue
-        found += [noun for noun in _related_words().get(word, ()) if noun in vocabulary["nouns"]]
+        found += [noun for noun in _RELATED_WORDS.get(word, ()) if noun in vocabulary["nouns"]]
         found += [phrases[p] for p in difflib.get_close_matches(word, phrases, n=num, cutoff=0.6)]
         found += [p for p in phrases if len(word) > 3 and word in p.split()]
     return list(dict.fromkeys(found))[:num]
@@ -320,12 +316,12 @@ def unknown_prompt_warning(prompt: str, vocabulary: dict[str, Any] | None = None
     nearest = nearest_words(prompt, vocabulary)
     hint = f" Nearest known: {', '.join(nearest)}." if nearest else ""
     listing = (
-        " 'uni3d teacher vocabulary' lists all it knows; a Stable Diffusion teacher knows far more: "
+        " 'uni3d teacher vocabulary' lists what a teacher knows; a Stable Diffusion teacher knows far more: "
         "--teacher ID_OR_FOLDER."
     )
     if not nouns_in_prompt(prompt, vocabulary):
-        return f"The embedded teacher knows no object named in '{prompt}'.{hint}{listing}"
+        return f"the teacher knows no object named in '{prompt}'.{hint}{listing}"
     if unknown:
         shown = ", ".join(f"'{word}'" for word in dict.fromkeys(unknown))
-        return f"The embedded teacher was not trained on {shown} and will mostly ignore it.{hint}{listing}"
+        return f"the teacher was not trained on {shown} and will mostly ignore it.{hint}{listing}"
     return None
