@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -185,12 +186,40 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
     )
     assert [file.name for file in files] == ["part-00001.safetensors", "part-00002.safetensors", STATE_NAME]
     assert torch.equal(read_tensors(folder)["b"], torch.zeros(9))
-    files[0].write_bytes(files[0].read_bytes()[:20])
+    content = files[0].read_bytes()
+    files[0].write_bytes(content[:-1] + b"!")
+    with pytest.raises(UsageError, match=f"'{files[0]}' is damaged: .* checksum; replace it, or delete"):
+        read_tensors(folder)
+    files[0].write_bytes(content[:20])
     with pytest.raises(UsageError, match="part-00001"):
         read_tensors(folder)
     (folder / STATE_NAME).write_text("{")
     with pytest.raises(UsageError, match="damaged"):
         read_state(folder)
+
+
+def test_a_crash_between_the_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "state"
+    write_checkpoint(folder, {"a": torch.zeros(2)}, {"step": 1})
+    replace = os.replace
+
+    def crash(source: Path, target: Path) -> None:
+        if target == folder:
+            raise OSError("the power went")
+        replace(source, target)
+
+    for step in (2, 3):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="power"):
+            patch.setattr(os, "replace", crash)
+            write_checkpoint(folder, {"a": torch.full((2,), float(step))}, {"step": step})
+        state = read_state(folder)
+        assert (
+            state is not None
+            and state["step"] == 2
+            and torch.equal(read_tensors(folder)["a"], torch.full((2,), 2.0))
+        )
+    write_checkpoint(folder, {"a": torch.ones(2)}, {"step": 4})
+    assert os.listdir(tmp_path) == ["state"] and torch.equal(read_tensors(folder)["a"], torch.ones(2))
 
 
 def test_compile_ahead_runs_without_a_gpu() -> None:

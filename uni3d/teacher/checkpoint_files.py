@@ -1,4 +1,9 @@
-"""A set of named tensors and a JSON state as one folder, replaced as a whole, in files of bounded size."""
+"""A set of named tensors and a JSON state as one folder, replaced as a whole, in files of bounded size.
+
+`training.checkpoint.CheckpointStore` keeps the last few steps of a run, each as one file of any size. A
+training of hours keeps one state, which must travel where files may not be large and be read without its
+tensors; its files are written and checked by the same two functions.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from uni3d.errors import UsageError
+from uni3d.errors import Uni3DError, UsageError
+from uni3d.training.checkpoint import atomic_write_json, read_checked, sync_folder, write_checked
 
 STATE_NAME = "state.json"
 
@@ -35,6 +39,10 @@ def write_checkpoint(
     target = Path(folder)
     fresh = target.with_name(f".{target.name}.new")
     stale = target.with_name(f".{target.name}.old")
+    survivor = _existing(target)
+    if survivor is not None and survivor != target:
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(survivor, target)
     for leftover in (fresh, stale):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -47,7 +55,7 @@ def write_checkpoint(
         nonlocal part, size
         if part:
             names.append(f"part-{len(names) + 1:05d}.safetensors")
-            save_file(part, fresh / names[-1], metadata={"format": "pt"})
+            write_checked(fresh / names[-1], part)
         part, size = {}, 0.0
 
     for name, tensor in tensors.items():
@@ -60,11 +68,11 @@ def write_checkpoint(
         part[name] = stored
         size += num_bytes
     flush()
-    text = json.dumps({**state, "files": names}, indent=2, allow_nan=False)
-    (fresh / STATE_NAME).write_text(text + "\n", encoding="utf-8")
+    atomic_write_json(fresh / STATE_NAME, {**state, "files": names})
     if target.exists():
         os.replace(target, stale)
     os.replace(fresh, target)
+    sync_folder(target.parent)
     shutil.rmtree(stale, ignore_errors=True)
     return [target / name for name in [*names, STATE_NAME]]
 
@@ -89,11 +97,9 @@ def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in state["files"]:
         try:
-            tensors.update(load_file(source / name))
-        except (OSError, SafetensorError) as error:
-            raise UsageError(
-                f"checkpoint file {source / name} is missing or damaged ({error}); delete {source}"
-            ) from error
+            tensors.update(read_checked(source / name)[0])
+        except Uni3DError as error:
+            raise UsageError(f"{error}, or delete '{source}'") from error
     return tensors
 
 

@@ -41,7 +41,7 @@ def atomic_write(path: str | os.PathLike[str], writer: Callable[[Path], object])
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     return target
 
 
@@ -55,7 +55,7 @@ def atomic_write_json(path: str | os.PathLike[str], value: Any) -> Path:
     return atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Flush a folder's entries, so that a rename outlives a power cut; a no-op where that is impossible."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -118,9 +118,7 @@ class CheckpointStore:
             {"format": FORMAT, "step": step, "fingerprint": self.fingerprint, "state": skeleton},
             allow_nan=False,
         )
-        metadata = {"uni3d": document, "sha256": _digest(document, tensors)}
-        path = self.folder / f"step_{step:08d}.safetensors"
-        atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        path = write_checked(self.folder / f"step_{step:08d}.safetensors", tensors, document)
         self._prune(step)
         return path
 
@@ -155,10 +153,7 @@ class CheckpointStore:
     def load(self, path: str | os.PathLike[str]) -> Checkpoint:
         """Read and verify one file; raises DamagedFile or, if the fingerprint differs, ConfigError."""
         file = Path(path)
-        tensors, metadata = read_safetensors(file)
-        document = metadata.get("uni3d", "")
-        if _digest(document, tensors) != metadata.get("sha256"):
-            raise DamagedFile(f"checkpoint '{file}' is damaged: its contents do not match its checksum")
+        tensors, document = read_checked(file)
         content = json.loads(document)
         if content["format"] != FORMAT:
             raise DamagedFile(
@@ -188,6 +183,25 @@ class CheckpointStore:
                 path.unlink(missing_ok=True)
             elif kept > self.keep:
                 path.unlink(missing_ok=True)
+
+
+def write_checked(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], document: str = "") -> Path:
+    """Write contiguous CPU tensors and the text `document` as one safetensors file, atomically.
+
+    Its metadata hold a SHA-256 over both. Returns the path.
+    """
+    metadata = {"format": "pt", "uni3d": document, "sha256": _digest(document, tensors)}
+    return atomic_write(path, lambda temporary: save_file(dict(tensors), temporary, metadata=metadata))
+
+
+def read_checked(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str]:
+    """What `write_checked` wrote: (tensors on the CPU, document). Raises as `read_safetensors` does, and
+    DamagedFile for contents that do not match the checksum."""
+    tensors, metadata = read_safetensors(path)
+    document = metadata.get("uni3d", "")
+    if _digest(document, tensors) != metadata.get("sha256"):
+        raise DamagedFile(f"'{path}' is damaged: its contents do not match its checksum; replace it")
+    return tensors, document
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
