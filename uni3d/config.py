@@ -2,7 +2,7 @@
 
 The default values are the `default` quality; `configs/text_to_3d.yaml` repeats them with a comment on every
 key. The text under a field is its help on the command line. Values that change during a run are schedules:
-`[[0, 12], [1, 6]]` reads "12 at the start, 6 at the end, straight in between", where the first number of each
+`[[0, 8], [1, 4]]` reads "8 at the start, 4 at the end, straight in between", where the first number of each
 pair is the fraction of the run that is done. Rooms never import this file; the programs unpack it.
 """
 
@@ -33,7 +33,7 @@ MeshFormat = Literal["glb", "obj", "ply"]
 class GuidanceConfig:
     """How the teacher's opinion becomes a gradient."""
 
-    guidance_scale: Schedule = ((0.0, 12.0), (1.0, 6.0))
+    guidance_scale: Schedule = ((0.0, 7.5), (1.0, 4.0))
     """Classifier-free guidance of the teacher over the run; 1 means none."""
     noise_max: Schedule = ((0.0, 0.98), (0.8, 0.3))
     """Largest noise level over the run, as a fraction of the teacher's timesteps."""
@@ -179,7 +179,7 @@ class OptimiserConfig:
 
     density_learning_rate: Schedule = ((0.0, 0.08), (0.5, 0.08), (1.0, 0.012))
     """Adam learning rate of the density over the run."""
-    colour_learning_rate: Schedule = ((0.0, 0.05), (0.5, 0.05), (1.0, 0.0075))
+    colour_learning_rate: Schedule = ((0.0, 0.02), (0.5, 0.02), (1.0, 0.004))
     """Adam learning rate of the colour over the run."""
     max_gradient_norm: float = 10.0
     """Larger gradients of the field are scaled down to this norm; 0 turns it off."""
@@ -194,11 +194,11 @@ class OptimiserConfig:
 class RegularisersConfig:
     """Weights of the terms that keep the field compact and solid."""
 
-    smoothness: Schedule = ((0.0, 0.3),)
+    smoothness: Schedule = ((0.0, 3.0), (0.6, 3.0), (1.0, 0.3))
     """Squared differences of density between neighbouring cells."""
-    colour_smoothness: Schedule = ((0.0, 0.3),)
+    colour_smoothness: Schedule = ((0.0, 30.0),)
     """Squared differences of colour between neighbouring cells."""
-    opacity_entropy: Schedule = ((0.0, 0.0), (0.25, 0.0), (1.0, 13.5))
+    opacity_entropy: Schedule = ((0.0, 0.0), (0.25, 0.0), (1.0, 20.0))
     """Entropy of each pixel's opacity: pushes fog to be either there or not."""
     opacity: Schedule = ((0.0, 0.3),)
     """Mean opacity: removes what no view asks for."""
