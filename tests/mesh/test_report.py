@@ -13,7 +13,6 @@ import trimesh
 from painted_box import box_density, side_colour
 
 from uni3d.errors import UsageError
-from uni3d.evaluation import mesh_quality
 from uni3d.mesh.atlas_raster import rasterise
 from uni3d.mesh.export import write_glb, write_mesh
 from uni3d.mesh.report import compare_with_field, mesh_report, read_extras
@@ -192,7 +191,6 @@ def test_fog_has_one_meaning() -> None:
     for bad in (torch.zeros(0, 4, 4), torch.full((1, 2, 2), torch.nan)):
         with pytest.raises(UsageError, match="are empty or hold NaN"):
             fog_fraction(bad)
-    assert mesh_quality.fog_fraction is fog_fraction
 
 
 def test_identical_and_empty_views() -> None:

@@ -27,7 +27,6 @@ from uni3d.evaluation.report import format_rate, markdown_table, stress_note
 from uni3d.evaluation.settings import MeshQualitySettings
 from uni3d.evaluation.statistics import bootstrap_rate
 from uni3d.evaluation.verdicts import front_quadrants
-from uni3d.mesh.report import fog_fraction as fog_fraction  # For tests/mesh/test_report.py only.
 from uni3d.scene.camera import Cameras
 from uni3d.training.checkpoint import atomic_write_json, atomic_write_text
 
