@@ -95,6 +95,20 @@ def test_a_resumed_run_ends_in_the_same_state(method: str, tiny_teacher_folder: 
     _assert_same(_run(config, tiny_teacher_folder), _run(config, tiny_teacher_folder, stop_at=2))
 
 
+def test_the_field_waits_a_tenth_of_a_run_at_most(teacher: LatentDiffusionTeacher) -> None:
+    config = _config(steps=20, fake_score=FakeScoreConfig(lora_rank=2, warmup_steps=1000))
+    optimiser = SceneOptimiser(config, teacher)
+    optimiser.prepare()
+    grid = optimiser.field.density_grids[0]
+    before = grid.detach().clone()
+    has_moved = []
+    for _ in range(3):
+        optimiser.step()
+        has_moved.append(not torch.equal(grid, before))
+    assert has_moved == [False, False, True]
+    optimiser.close()
+
+
 @pytest.mark.parametrize("variant", ["integral", "exact", "four_term", "detached"])
 def test_every_variant_moves_the_field(variant: Any, teacher: LatentDiffusionTeacher) -> None:
     guidance = GuidanceConfig(views_per_step=2, variant=variant, adversarial_weight=1e-4)

@@ -141,7 +141,7 @@ class FakeScoreConfig:
     updates_per_step: int = 1
     """Updates of the fake score for each step of the field."""
     warmup_steps: int = 20
-    """Updates of the fake score before the field starts to move."""
+    """Updates of the fake score before the field starts to move; at most a tenth of the run."""
 
     def __post_init__(self) -> None:
         check_range("fake_score.lora_rank", self.lora_rank, 1, 256)

@@ -189,7 +189,9 @@ class SceneOptimiser:
 
     @property
     def _is_warming_up(self) -> bool:
-        return self.recipe.needs_fake_score and self.step_index < self.config.fake_score.warmup_steps
+        """Whether the field still waits for the fake score: never for more than a tenth of the run."""
+        wait = min(self.config.fake_score.warmup_steps, self.config.steps // 10)
+        return self.recipe.needs_fake_score and self.step_index < wait
 
     def _forward(self) -> tuple[RenderOutput, GuidanceLosses]:
         config = self.config
@@ -204,8 +206,7 @@ class SceneOptimiser:
             noise_range=(self._value(config.guidance.noise_min), self._value(config.guidance.noise_max)),
             guidance_scale=self._value(config.guidance.guidance_scale),
             generator=self.generator,
-            train_student=self.step_index >= config.fake_score.warmup_steps
-            or not self.recipe.needs_fake_score,
+            train_student=not self._is_warming_up,
         )
         return output, losses
 
