@@ -124,7 +124,7 @@ def test_every_variant_moves_the_field(variant: Any, teacher: LatentDiffusionTea
 
 
 def test_the_field_waits_for_the_fake_score(teacher: LatentDiffusionTeacher) -> None:
-    optimiser = SceneOptimiser(_config(method="vsd"), teacher)
+    optimiser = SceneOptimiser(_config(method="vsd", steps=10), teacher)
     optimiser.prepare()
     before = [parameter.detach().clone() for parameter in optimiser.field.parameters()]
     optimiser.step()
