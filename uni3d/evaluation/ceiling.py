@@ -76,7 +76,8 @@ def measure_ceiling(
         images = np.asarray(views.images[chosen])
         composites = grey_composites(images, seed=seed + start)
         parts.append(evaluator.encode(composites))
-        smooth = torch.cat([lossy_generator(piece) for piece in composites.split(_STRESS_BATCH)])
+        pieces = composites.to(evaluator.device).split(_STRESS_BATCH)
+        smooth = torch.cat([lossy_generator(piece) for piece in pieces])
         stressed.append(evaluator.noun_probabilities(evaluator.encode(smooth), nouns))
         masks = np.asarray(views.main_masks[chosen])
         painted_right += [
