@@ -31,9 +31,14 @@ _ROWS = (
 
 
 def write_card(
-    path: Path, evaluator: Evaluator, metrics: dict[str, Any], records: Sequence[ViewRecord]
+    path: Path,
+    evaluator: Evaluator,
+    metrics: dict[str, Any],
+    records: Sequence[ViewRecord],
+    *,
+    credit: str = "",
 ) -> None:
-    """Write README.md beside the weights."""
+    """Write README.md beside the weights; `credit` is a last section, for weights that were started from."""
     training, ceiling = metrics["training"], metrics["ceiling"]
     lines = [
         "# Evaluator",
@@ -60,7 +65,7 @@ def write_card(
     lines += ["", "## The nouns it chooses among", "", *_noun_table(evaluator, ceiling or {})]
     lines += ["", "## Data", "", "Renders of assets from:", "", *_sources(records), ""]
     lines += ["The creators of the assets are named in the project's NOTICE.", ""]
-    atomic_write_text(path, "\n".join(lines))
+    atomic_write_text(path, "\n".join(lines) + credit)
 
 
 def _accuracy_table(ceiling: dict[str, Any], num_nouns: int) -> list[str]:

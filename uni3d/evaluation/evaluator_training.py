@@ -51,7 +51,7 @@ from uni3d.evaluation.image_tower import read_tower, start_from, tower_credit
 from uni3d.evaluation.network import EvaluatorNetwork, NetworkConfig
 from uni3d.evaluation.settings import EvaluatorSettings
 from uni3d.evaluation.vocabulary import PADDING, Vocabulary
-from uni3d.training.checkpoint import atomic_write, atomic_write_json, atomic_write_text
+from uni3d.training.checkpoint import atomic_write, atomic_write_json
 
 if TYPE_CHECKING:
     from uni3d.data.view_shards import Views
@@ -166,10 +166,8 @@ def fit_evaluator(
     if metrics["ceiling"] is None:
         logger.warning("no views with role 'neither': the evaluator's own accuracy stays unknown")
     atomic_write_json(output / "metrics.json", metrics)
-    write_card(output / "README.md", evaluator, metrics, train_views.records)
-    if settings.initial_tower is not None:
-        credit = tower_credit(settings.initial_tower)
-        atomic_write_text(output / "README.md", (output / "README.md").read_text(encoding="utf-8") + credit)
+    credit = "" if settings.initial_tower is None else tower_credit(settings.initial_tower)
+    write_card(output / "README.md", evaluator, metrics, train_views.records, credit=credit)
     return metrics
 
 
