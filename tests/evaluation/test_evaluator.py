@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ TINY = EvaluatorSettings(
     input_size=32,
     stage_channels=(16, 16, 24),
     stage_blocks=(1, 1, 1),
+    stem_channels=32,
+    head_channels=96,
     view_hidden=16,
     embedding_size=16,
     text_width=16,
@@ -156,3 +159,14 @@ def test_augmentation_keeps_range_and_varies() -> None:
     assert float(first.min()) >= 0 and float(first.max()) <= 1
     torch.testing.assert_close(first, again)
     assert float((first - other).abs().mean()) > 0.02
+
+
+def test_older_folders_leave_the_widths_of_stem_and_head_to_their_rule(
+    trained: tuple[Path, dict], tmp_path: Path
+) -> None:
+    folder = tmp_path / "older"
+    shutil.copytree(trained[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config.pop("stem_channels"), config.pop("head_channels")) == (32, 96)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert Evaluator.load(folder).network.config == Evaluator.load(trained[0]).network.config

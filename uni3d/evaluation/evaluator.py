@@ -187,8 +187,11 @@ def _read_config(path: Path) -> NetworkConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
         for key in ("stage_channels", "stage_blocks"):
             values[key] = tuple(values[key])
+        # Files of before these were settings of their own leave them out.
+        values.setdefault("stem_channels", 2 * values["stage_channels"][0])
+        values.setdefault("head_channels", 4 * values["stage_channels"][-1])
         return NetworkConfig(**values)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"cannot read {path} ({error}); take the file written beside the weights") from None

@@ -166,7 +166,8 @@ def fit_evaluator(
     if metrics["ceiling"] is None:
         logger.warning("no views with role 'neither': the evaluator's own accuracy stays unknown")
     atomic_write_json(output / "metrics.json", metrics)
-    credit = "" if settings.initial_tower is None else tower_credit(settings.initial_tower)
+    tower = settings.initial_tower
+    credit = "" if tower is None else tower_credit(tower, run.network.config.tower_shape)
     write_card(output / "README.md", evaluator, metrics, train_views.records, credit=credit)
     return metrics
 
@@ -235,6 +236,8 @@ class _Run:
             dropout=settings.dropout,
             input_size=settings.input_size,
             view_hidden=settings.view_hidden,
+            stem_channels=settings.stem_channels,
+            head_channels=settings.head_channels,
         )
         self.network = EvaluatorNetwork(config).to(device)
         if settings.initial_tower is not None:

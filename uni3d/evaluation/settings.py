@@ -34,12 +34,16 @@ class EvaluatorSettings:
     """Side of the square images, pixels."""
     initial_tower: Path | None = None
     """File of ImageNet weights that the image tower starts from, .safetensors; none starts at random."""
-    input_size: int = 192
+    input_size: int = 224
     """Side to which the image tower enlarges its images, pixels; larger feature maps cost more time."""
-    stage_channels: tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
-    """Channels of the image tower per stage, at most seven; the values of EfficientNet-Lite0."""
-    stage_blocks: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
-    """Blocks per stage; the values of EfficientNet-Lite0."""
+    stage_channels: tuple[int, ...] = (16, 24, 48, 88, 120, 208, 352)
+    """Channels of the image tower per stage, at most seven; the values of EfficientNet-Lite2."""
+    stage_blocks: tuple[int, ...] = (1, 3, 3, 4, 4, 5, 1)
+    """Blocks per stage; the values of EfficientNet-Lite2."""
+    stem_channels: int = 32
+    """Channels before the first stage; the same in every EfficientNet-Lite."""
+    head_channels: int = 1280
+    """Channels after the last stage, the pooled features; the same in every EfficientNet-Lite."""
     view_hidden: int = 256
     """Width of the hidden layer of the view classifier; 0 makes it linear."""
     embedding_size: int = 256
@@ -123,6 +127,8 @@ _EVALUATOR_RANGES: dict[str, tuple[float, float]] = {
     "input_size": (8, 4096),
     "stage_channels": (1, 8192),
     "stage_blocks": (1, 64),
+    "stem_channels": (1, 8192),
+    "head_channels": (1, 65536),
     "view_hidden": (0, 65536),
     "embedding_size": (1, 65536),
     "text_width": (1, 8192),
