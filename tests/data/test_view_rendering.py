@@ -15,7 +15,14 @@ import trimesh
 
 from uni3d.data.asset_library import Asset, assign_roles, library_summary, load_asset, scan_assets
 from uni3d.data.captions import canonical_caption
-from uni3d.data.view_rendering import TEACHER_VIEWS, ViewSettings, _run_all, render_library
+from uni3d.data.view_rendering import (
+    EVALUATOR_VIEWS,
+    TEACHER_VIEWS,
+    ViewSettings,
+    _run_all,
+    render_asset,
+    render_library,
+)
 from uni3d.data.view_shards import load_views
 from uni3d.errors import UsageError
 from uni3d.mesh.renderable import srgb_to_linear
@@ -206,6 +213,31 @@ def test_roles_select_what_is_rendered_and_loaded(tmp_path: Path) -> None:
     assert load_views(tmp_path / "views", limit=3).images.shape[0] == 3
     with pytest.raises(UsageError):
         load_views(tmp_path / "views", roles=["teacher"])
+
+
+def test_only_what_the_evaluator_trains_on_varies_in_shape(tmp_path: Path) -> None:
+    vases, _ = scan_assets(["procedural:vases:1"])
+    varied = replace(TINY, num_shapes=2, views_per_shape=3)
+    for role in ("evaluator", "both", "teacher", "neither"):
+        asset = replace(vases[0], role=role)
+        plain, views = render_asset(asset, TINY, 1), render_asset(asset, varied, 1)
+        num_extra = 6 if role in ("evaluator", "both") else 0
+        assert len(views) == TINY.num_views + num_extra
+        assert [view.image for view in views[: TINY.num_views]] == [view.image for view in plain]
+        assert [v.image for v in views] == [v.image for v in render_asset(asset, varied, 1)]
+        assert len({view.image for view in views}) == len(views)
+    assert TEACHER_VIEWS.num_shapes == 0 < EVALUATOR_VIEWS.num_shapes
+
+
+def test_a_folder_of_before_shapes_varied_goes_on(library: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "views"
+    render_library([library], folder, settings=TINY, num_workers=0)
+    file = folder / "render_settings.json"
+    older = {k: v for k, v in json.loads(file.read_text()).items() if "shape" not in k and "dev" not in k}
+    file.write_text(json.dumps(older))
+    assert not render_library([library], folder, settings=TINY, num_workers=0).rendered
+    with pytest.raises(UsageError, match="num_shapes"):
+        render_library([library], folder, settings=replace(TINY, num_shapes=1), num_workers=0)
 
 
 def test_damaged_and_missing_shards_are_user_errors(library: Path, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """`uni3d teacher render`: a library of 3D models into view shards.
 
 Per asset: read it, find its dominant colours from unlit probe views, then render views under one world-fixed
-light and mark where the main colour is, so that training can recolour it. Assets run in parallel processes
-with a time limit each; what fails is listed with its reason; a second run does only what is missing.
+light and mark where the main colour is, so that training can recolour it. What the evaluator trains on also
+shows variations of its shape. Assets run in parallel processes with a time limit each; what fails is listed
+with its reason; a second run does only what is missing.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from uni3d.data.asset_library import ROLES, Asset, Skipped, library_summary, load_asset, scan_assets
 from uni3d.data.colours import DominantColours, dominant_colours
 from uni3d.data.naming import noun_table
+from uni3d.data.shape_variation import sample_shape_change
 from uni3d.data.view_shards import EncodedView, ViewRecord, ViewShardWriter, encode_image, encode_mask
 from uni3d.errors import Uni3DError, UsageError
 from uni3d.mesh.raycaster import Light, Raycaster, RenderedView
@@ -40,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 PROBE_SIZE = 64
 MIN_COVERAGE = 0.003
+# Those the evaluator trains on; what measures it keeps its shape, and so does what the teacher learns.
+VARIED_ROLES = frozenset({"evaluator", "both"})
 
 # Word of a caption <- what material, texture and asset names say.
 _MATERIAL_WORDS: list[tuple[str, str]] = [
@@ -58,10 +62,12 @@ _MATERIAL_WORDS: list[tuple[str, str]] = [
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """How views are drawn. Light variation is per asset, so that views of one asset agree.
+    """How views are drawn. Light varies per asset and shape, so that views of one asset agree.
 
     `key_range` and the key's azimuth and elevation ranges bound the random key light; elevations, radii as in
-    the documentation of the data; `quality` is WebP's.
+    the documentation of the data; `quality` is WebP's. Beside `num_views` of its own shape an asset with one
+    of VARIED_ROLES gets `views_per_shape` of each of `num_shapes` variations of it, drawn with the deviations
+    of `sample_shape_change`.
     """
 
     num_views: int = 20
@@ -81,6 +87,11 @@ class ViewSettings:
     max_texture: int = 512
     max_faces: int = 400_000
     time_limit_s: float = 60.0
+    num_shapes: int = 0
+    views_per_shape: int = 3
+    scale_deviation: float = 0.2
+    taper_deviation: float = 0.2
+    lean_deviation: float = 0.06
 
 
 TEACHER_VIEWS = ViewSettings()
@@ -94,6 +105,7 @@ EVALUATOR_VIEWS = ViewSettings(
     key_range=(0.32, 0.50),
     key_azimuth_range_deg=(-110.0, 110.0),
     key_elevation_range_deg=(20.0, 75.0),
+    num_shapes=5,
 )
 
 
@@ -178,6 +190,8 @@ def _check_settings(folder: Path, settings: ViewSettings, seed: int) -> None:
     wanted = json.loads(json.dumps({"seed": seed, **asdict(settings)}))
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
+        # Files of before a setting existed leave it out: their views were made as by its default.
+        before = json.loads(json.dumps(asdict(ViewSettings()))) | before
         different = sorted(k for k in wanted if before.get(k) != wanted[k])
         if different:
             raise UsageError(
@@ -294,7 +308,6 @@ def render_asset(asset: Asset, settings: ViewSettings, seed: int) -> list[Encode
     caster = Raycaster(mesh)
     colours, material = _probe(caster, mesh)
     rng = np.random.default_rng([seed, zlib.crc32(asset.asset_id.encode())])
-    light = _sample_light(settings, rng)
     words = colours.words()
     base = {
         **{k: getattr(asset, k) for k in ("asset_id", "name", "noun", "category", "tags", "role")},
@@ -304,15 +317,44 @@ def render_asset(asset: Asset, settings: ViewSettings, seed: int) -> list[Encode
         "main_colour": tuple(round(float(c), 4) for c in colours.centres[0]),
     }
     views = []
-    for azimuth, elevation, radius in _sample_cameras(settings, rng):
-        camera = Cameras.from_lists([azimuth], [elevation], radius=radius, fov_y_deg=settings.fov_y_deg)
-        view = caster.render(camera, settings.size, supersample=settings.supersample, light=light)
-        rgba, mask = _picture_and_mask(view, colours)
-        record = ViewRecord(
-            **base, azimuth_deg=azimuth, elevation_deg=elevation, radius=radius, fov_y_deg=settings.fov_y_deg
-        )
-        views.append(EncodedView(encode_image(rgba, quality=settings.quality), encode_mask(mask), record))
+    for shape, light, cameras in _sample_shapes(caster, asset, settings, rng):
+        for azimuth, elevation, radius in cameras:
+            camera = Cameras.from_lists([azimuth], [elevation], radius=radius, fov_y_deg=settings.fov_y_deg)
+            view = shape.render(camera, settings.size, supersample=settings.supersample, light=light)
+            rgba, mask = _picture_and_mask(view, colours)
+            record = ViewRecord(
+                **base,
+                azimuth_deg=azimuth,
+                elevation_deg=elevation,
+                radius=radius,
+                fov_y_deg=settings.fov_y_deg,
+            )
+            views.append(EncodedView(encode_image(rgba, quality=settings.quality), encode_mask(mask), record))
     return views
+
+
+def _sample_shapes(
+    caster: Raycaster, asset: Asset, settings: ViewSettings, rng: np.random.Generator
+) -> Iterator[tuple[Raycaster, Light, list[tuple[float, float, float]]]]:
+    """The asset itself and then its variations, each with a light and cameras of its own.
+
+    The first one is the same whether variations follow or not.
+    """
+    yield caster, _sample_light(settings, rng), _sample_cameras(settings, settings.num_views, rng)
+    if asset.role not in VARIED_ROLES or not settings.num_shapes:
+        return
+    # Sampled together, since each alone has too few views to be spread over the circle and overhead.
+    cameras = _sample_cameras(settings, settings.num_shapes * settings.views_per_shape, rng)
+    order = rng.permutation(len(cameras)).reshape(settings.num_shapes, -1)
+    for row in order:
+        change = sample_shape_change(
+            rng,
+            scale_deviation=settings.scale_deviation,
+            taper_deviation=settings.taper_deviation,
+            lean_deviation=settings.lean_deviation,
+        )
+        light = _sample_light(settings, rng)
+        yield Raycaster(change.apply(caster.mesh)), light, [cameras[index] for index in row]
 
 
 def _sample_light(settings: ViewSettings, rng: np.random.Generator) -> Light:
@@ -326,12 +368,14 @@ def _sample_light(settings: ViewSettings, rng: np.random.Generator) -> Light:
     )
 
 
-def _sample_cameras(settings: ViewSettings, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+def _sample_cameras(
+    settings: ViewSettings, num_views: int, rng: np.random.Generator
+) -> list[tuple[float, float, float]]:
     """(azimuth, elevation, radius) of each view: level and overhead views each stratified over the circle."""
-    num_overhead = round(settings.num_views * settings.overhead_share)
+    num_overhead = round(num_views * settings.overhead_share)
     cameras: list[tuple[float, float, float]] = []
     for num, elevations in (
-        (settings.num_views - num_overhead, settings.elevation_range_deg),
+        (num_views - num_overhead, settings.elevation_range_deg),
         (num_overhead, settings.overhead_range_deg),
     ):
         offset = rng.random()
