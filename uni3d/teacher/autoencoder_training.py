@@ -28,6 +28,7 @@ from uni3d.teacher.session import (
     Resume,
     Session,
     load_network,
+    start_from,
 )
 from uni3d.teacher.trainable import Trainable, cast_network
 from uni3d.teacher.view_batches import ViewSampler, mix_seeds
@@ -40,7 +41,10 @@ _AVERAGE_DECAY = 0.998
 
 
 def autoencoder_phase(session: Session, resume: Resume) -> tuple[AutoencoderKL | None, dict[str, Any]]:
-    """The finished, whitened autoencoder (float32, on the device) and its metrics; None when time ran out."""
+    """The finished, whitened autoencoder (float32, on the device) and its metrics; None when time ran out.
+
+    Of several processes only the first trains it, and leaves it for the others to read.
+    """
     config, device = session.config, session.device
     autoencoder = build_autoencoder(config.autoencoder)
     for name in ("autoencoder", "compact"):
@@ -65,6 +69,8 @@ def autoencoder_phase(session: Session, resume: Resume) -> tuple[AutoencoderKL |
     if state is not None:
         trainable.load_full_state(read_tensors(checkpoint))
         step, elapsed_s = int(state["step"]), float(state["elapsed_s"])
+    elif session.initial_teacher is not None:
+        start_from(session, trainable)
     logger.info("autoencoder: %.2f M parameters", trainable.num_parameters / 1e6)
     clock = PhaseClock(
         planned_minutes=config.autoencoder.planned_minutes,

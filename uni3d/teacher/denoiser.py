@@ -21,6 +21,7 @@ from uni3d.diffusion.camera_token import CameraToken, insert_camera_token
 from uni3d.teacher.settings import AutoencoderConfig, DenoiserConfig
 from uni3d.teacher.tokenizer import special_ids
 from uni3d.teacher.view_batches import ViewBatch, ViewSampler, mix_seeds
+from uni3d.training.processes import Processes
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -106,6 +107,7 @@ class LatentPool:
         reuse: how often a latent is drawn on average.
         size: of the ring; at least the batch is kept.
         seed: of the draws from the ring.
+        processes: each encodes its share of the fresh views; all keep the same ring.
     """
 
     def __init__(
@@ -117,7 +119,9 @@ class LatentPool:
         reuse: int,
         size: int,
         seed: int,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes()
         self.encoder = encoder
         self.sampler = sampler
         self.batch_size = batch_size
@@ -150,8 +154,10 @@ class LatentPool:
     def _encode(self, step: int) -> None:
         views: ViewBatch = self.sampler.batch(step, self.num_fresh)
         parameter = next(self.encoder.parameters())
-        encoded = self.encoder.encode(views.images.to(parameter.dtype)).latent_dist.mode()  # type: ignore[union-attr]
-        latents = encoded.float() * self.encoder.config["scaling_factor"]
+        images = views.images[self.processes.share(self.num_fresh)].to(parameter.dtype)
+        encoded = self.encoder.encode(images).latent_dist.mode()  # type: ignore[union-attr]
+        latents = self.processes.join_rows(encoded.float(), self.num_fresh)
+        latents = latents * self.encoder.config["scaling_factor"]
         if self._entries is None:
             num = self.num_slots * self.num_fresh
             self._entries = LatentBatch(

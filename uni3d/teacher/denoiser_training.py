@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from uni3d.diffusion.camera_token import CameraToken
-from uni3d.errors import Interrupted
+from uni3d.errors import Interrupted, UsageError
 from uni3d.teacher.checkpoint_files import read_state, read_tensors, write_checkpoint
 from uni3d.teacher.denoiser import (
     DenoiserLoss,
@@ -34,11 +34,13 @@ from uni3d.teacher.session import (
     Resume,
     Session,
     choose_device,
+    start_from,
 )
 from uni3d.teacher.settings import DenoiserConfig, TeacherConfig
 from uni3d.teacher.tokenizer import token_ids
 from uni3d.teacher.trainable import Trainable, cast_network
 from uni3d.teacher.view_batches import ViewSampler, mix_seeds
+from uni3d.training.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,8 @@ def denoiser_phase(
         trainable.load_weights(read_tensors(compact))
         step, elapsed_s = int(compact_state["step"]), float(compact_state["elapsed_s"])
         restarted_at = step
+    elif session.initial_teacher is not None:
+        start_from(session, trainable)
     logger.info("denoiser: %.2f M parameters, from step %d", trainable.num_parameters / 1e6, step)
     clock = PhaseClock(
         planned_minutes=config.denoiser.planned_minutes,
@@ -87,6 +91,8 @@ def denoiser_phase(
     cast_network(frozen, device=device, dtype=session.compute_dtype)
 
     def save(step: int, *, last_loss: float | None) -> None:
+        if not session.processes.is_main:
+            return
         base = {
             "step": step,
             "elapsed_s": round(clock.elapsed_s, 3),
@@ -99,8 +105,14 @@ def denoiser_phase(
             "images_seen": step * config.denoiser.batch_size,
             "training_minutes": round(clock.elapsed_s / 60, 2),
             "loss": last_loss,
+            "num_devices": session.processes.num,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         }
+        if session.initial_teacher is not None:
+            metrics["initial_teacher"] = {
+                "name": session.initial_teacher.name,
+                "training": session.initial_teacher.training,
+            }
         weights = {f"vae.{name}": tensor for name, tensor in autoencoder.state_dict().items()}
         weights.update(trainable.weights(averaged=True))
         extra = {
@@ -114,6 +126,8 @@ def denoiser_phase(
         )
 
     def grid(step: int) -> None:
+        if not session.processes.is_main:
+            return
         for network in networks.values():
             network.eval()
         modules = TeacherModules(
@@ -156,7 +170,13 @@ def _train_denoiser(
     """Train until the phase is over or the session's time is up; (finished?, steps done)."""
     config, device, seed = session.config.denoiser, session.device, session.config.seed
     sampler = ViewSampler(session.pool, session.config.data, seed=mix_seeds(seed, STREAM_LATENTS))
-    parts = max(1, config.accumulate_steps)
+    processes = session.processes
+    parts = max(1, config.accumulate_steps) * processes.num
+    if config.batch_size % parts:
+        raise UsageError(
+            f"denoiser.batch_size is {config.batch_size}; expected a multiple of {parts} (accumulate_steps "
+            f"{config.accumulate_steps} in each of {processes.num} processes)"
+        )
     latents = LatentPool(
         encoder,
         sampler,
@@ -164,6 +184,7 @@ def _train_denoiser(
         reuse=config.latent_reuse,
         size=config.latent_pool if config.latent_reuse > 1 else config.batch_size,
         seed=mix_seeds(seed, STREAM_POOL),
+        processes=processes,
     )
     latents.fill(first_step)
     empty_ids = torch.from_numpy(token_ids(session.tokenizer, [""]))[0].long()
@@ -174,13 +195,13 @@ def _train_denoiser(
         "denoiser",
         batch_size=config.batch_size,
         every_s=session.config.log_every_s,
-        metrics_path=session.output / "metrics.jsonl",
+        metrics_path=session.output / "metrics.jsonl" if processes.is_main else None,
     )
     begun_s = saved_s = drawn_s = time.monotonic()
     step, rate = first_step, 0.0
-    while (progress := clock.progress(step)) < 1:
+    while (progress := processes.as_main_says(clock.progress(step))[0]) < 1:
         batch = latents.batch(step)
-        loss = accumulate_gradients(trainable, loss_of, batch, step=step, parts=parts)
+        loss = accumulate_gradients(trainable, loss_of, batch, step=step, parts=parts, processes=processes)
         rate = learning_rate(
             config,
             progress=progress,
@@ -201,13 +222,17 @@ def _train_denoiser(
             )
         now_s = time.monotonic()
         is_leaving = session.stop.is_set or clock.is_out_of_time
-        if is_leaving or now_s - saved_s > session.config.checkpoint_every_minutes * 60:
+        if processes.as_main_says(is_leaving)[0]:
+            save(step, last_loss=log.last_loss)
+            session.stop_if_asked("denoiser", step)
+            grid(step)
+            return False, step
+        # The others go on to their next step and wait there while the first one saves and draws.
+        if not processes.is_main:
+            continue
+        if now_s - saved_s > session.config.checkpoint_every_minutes * 60:
             save(step, last_loss=log.last_loss)
             saved_s = time.monotonic()
-            session.stop_if_asked("denoiser", step)
-            if is_leaving:
-                grid(step)
-                return False, step
             log.pause()
         if 0 < session.config.grid_every_minutes * 60 < now_s - drawn_s:
             grid(step)
@@ -237,15 +262,24 @@ def denoiser_loss_module(
 
 
 def accumulate_gradients(
-    trainable: Trainable, loss_of: DenoiserLoss, batch: LatentBatch, *, step: int, parts: int
+    trainable: Trainable,
+    loss_of: DenoiserLoss,
+    batch: LatentBatch,
+    *,
+    step: int,
+    parts: int,
+    processes: Processes | None = None,
 ) -> Tensor:
     """Gradients of the mean loss over `batch`, taken in `parts` equal parts; returns that loss, detached.
 
+    Several processes take turns with the parts, and each has the sum of all gradients in the end; the loss is
+    then the mean of the parts that this process took.
     When a compiled UNet fails (no compiler, an unsupported operation) the plain one takes over.
     """
+    processes = processes or Processes()
     size = batch.latents.shape[0] // parts
     total: Tensor | None = None
-    for part in range(parts):
+    for part in range(processes.rank, parts, processes.num):
         chosen = slice(part * size, (part + 1) * size)
         piece = LatentBatch(batch.latents[chosen], batch.token_ids[chosen], batch.conditioning[chosen])
         try:
@@ -264,14 +298,15 @@ def accumulate_gradients(
         trainable.collect_gradients()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
-    return total
+    processes.add_up_([master.grad for master in trainable.masters if master.grad is not None])
+    return total * processes.num
 
 
-def compile_ahead(config: TeacherConfig, *, vocabulary_size: int = 2000) -> float:
+def compile_ahead(config: TeacherConfig, *, vocabulary_size: int = 2000, num_processes: int = 1) -> float:
     """Run two denoiser steps on noise so that torch's compile cache holds the UNet; returns the seconds.
 
     Compiling is work for the CPU: run this in a second process while the autoencoder trains, and the denoiser
-    starts within seconds.
+    starts within seconds. `num_processes` is how many will train: each gets that part of the batch.
     """
     started_s = time.monotonic()
     device = choose_device(config.device)
@@ -305,7 +340,7 @@ def compile_ahead(config: TeacherConfig, *, vocabulary_size: int = 2000) -> floa
     ids = torch.full((settings.context_length,), vocabulary_size - 1)
     loss_of = denoiser_loss_module(trainable, empty_ids=ids, config=settings, seed=0, device=device)
     side = int(unet.config["sample_size"])
-    num = settings.batch_size
+    num = settings.batch_size // num_processes
     batch = LatentBatch(
         latents=torch.randn(num, config.autoencoder.latent_channels, side, side, device=device),
         token_ids=ids.to(device).expand(num, -1),

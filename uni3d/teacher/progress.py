@@ -64,10 +64,10 @@ class PhaseClock:
 class LossLog:
     """Mean loss and speed of a phase, read from the device only every so many seconds.
 
-    Each report goes to the log and, as a JSON line, to `metrics_path`.
+    Each report goes to the log and, as a JSON line, to `metrics_path`; without one it goes nowhere.
     """
 
-    def __init__(self, phase: str, *, batch_size: int, every_s: float, metrics_path: Path) -> None:
+    def __init__(self, phase: str, *, batch_size: int, every_s: float, metrics_path: Path | None) -> None:
         self.phase = phase
         self.batch_size = batch_size
         self.every_s = every_s
@@ -99,6 +99,9 @@ class LossLog:
         seconds = max(1e-9, time.monotonic() - self._since_s)
         speed = self._num * self.batch_size / seconds
         self.last_loss = loss
+        if self.metrics_path is None:
+            self._restart()
+            return
         logger.info(
             "%s step %d  loss %.4f  %.0f images/s  lr %.2e  %.1f min  %.0f %%",
             self.phase, step, loss, speed, learning_rate, elapsed_s / 60, 100 * min(1.0, progress),

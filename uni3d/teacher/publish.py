@@ -31,6 +31,7 @@ from uni3d.teacher.trainable import cast_network
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+TRAINING_NAME = "training.json"
 _MAX_LISTED_NOUNS = 60
 
 
@@ -88,6 +89,7 @@ def publish_teacher(
     build_scheduler().save_pretrained(fresh / "scheduler")
     _write_json(fresh / "model_index.json", _model_index())
     _write_json(fresh / "vocabulary.json", state["vocabulary"])
+    _write_json(fresh / TRAINING_NAME, state["metrics"])
     (fresh / "README.md").write_text(model_card(state, networks, card_notes or {}), encoding="utf-8")
     for path in fresh.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors makes them readable by their owner alone
@@ -194,7 +196,8 @@ def model_card(state: Mapping[str, Any], networks: Mapping[str, nn.Module], note
         "## Training",
         "",
         f"{denoiser['steps']:,} denoiser steps, {denoiser['images_seen']:,} images seen; {minutes} of",
-        f"autoencoder training, on one {denoiser['device']}.",
+        f"autoencoder training, on {denoiser.get('num_devices', 1)} x {denoiser['device']}.",
+        *_earlier_training(metrics),
         f"Autoencoder on {autoencoder.get('measured_on', 'training views')}:",
         f"{autoencoder['psnr_db']:.1f} dB PSNR, {autoencoder['object_psnr_db']:.1f} dB on the object alone,",
         f"mean chroma error {autoencoder['chroma_error_levels']:.1f} of 255 levels.",
@@ -207,6 +210,24 @@ def model_card(state: Mapping[str, Any], networks: Mapping[str, nn.Module], note
     for heading, text in notes.items():
         lines += ["", f"## {heading}", "", text.strip()]
     return "\n".join(lines) + "\n"
+
+
+def _earlier_training(metrics: Mapping[str, Any]) -> list[str]:
+    """Lines about the teachers that the training started from, the last one first."""
+    lines = []
+    while (initial := metrics.get("initial_teacher")) is not None:
+        metrics = initial["training"] or {}
+        if "denoiser" not in metrics:
+            lines.append("It started from another teacher, whose training is not known.")
+            break
+        denoiser = metrics["denoiser"]
+        minutes = denoiser["training_minutes"] + metrics["autoencoder"].get("training_minutes", 0)
+        devices = f"{denoiser.get('num_devices', 1)} x {denoiser['device']}"
+        lines += [
+            f"It started from a teacher that had seen {denoiser['images_seen']:,} images in",
+            f"{denoiser['steps']:,} steps ({minutes:g} min on {devices}).",
+        ]
+    return lines
 
 
 def _millions(network: nn.Module) -> str:

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from uni3d.errors import UsageError
+from uni3d.teacher.initial_weights import InitialTeacher, fit_weights
 from uni3d.teacher.settings import TeacherConfig
+from uni3d.teacher.trainable import Trainable
 from uni3d.teacher.view_batches import ViewPool
+from uni3d.training.processes import Processes
 from uni3d.training.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ class Session:
     pool: ViewPool
     tokenizer: CLIPTokenizer
     vocabulary: dict[str, Any]
+    processes: Processes = Processes()
+    initial_teacher: InitialTeacher | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -74,3 +79,10 @@ def load_network(network: torch.nn.Module, weights: Mapping[str, Tensor], prefix
             f"checkpoint does not fit this configuration ({str(error).splitlines()[0]}); resume with the "
             "configuration it was trained with"
         ) from error
+
+
+def start_from(session: Session, trainable: Trainable) -> None:
+    """Fill `trainable` with what the session's initial teacher has for it."""
+    assert session.initial_teacher is not None
+    own = trainable.weights(averaged=False)
+    trainable.load_weights(fit_weights(own, session.initial_teacher, session.tokenizer))

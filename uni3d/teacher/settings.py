@@ -99,13 +99,13 @@ class AutoencoderConfig:
     block_out_channels: tuple[int, ...] = (32, 64, 128, 128)
     """Channels per resolution; each but the last halves the side."""
     layers_per_block: int = 1
-    latent_channels: int = 4
+    latent_channels: int = 8
     norm_num_groups: int = 16
     batch_size: int = 96
     learning_rate: float = 8e-4
     weight_decay: float = 1e-4
     warmup_steps: int = 200
-    planned_minutes: float | None = 2.5
+    planned_minutes: float | None = 5.0
     """Length of the run; None trains `planned_steps` steps."""
     planned_steps: int = 4000
     gradient_clip: float = 1.0
@@ -175,8 +175,9 @@ class DenoiserConfig:
     text_layers: int = 5
     text_heads: int = 8
     batch_size: int = 512
+    """Samples per step, over all processes."""
     accumulate_steps: int = 1
-    """Split the batch into so many parts to save memory."""
+    """Split each process's share of the batch into so many parts to save memory."""
     learning_rate: float = 6e-4
     min_learning_rate_fraction: float = 0.01
     """The learning rate ends at this fraction of its peak."""
@@ -252,6 +253,11 @@ class TeacherConfig:
     seed: int = 0
     device: str = "auto"
     """"auto" takes a CUDA device when there is one; bf16 on it, float32 on CPUs."""
+    initial_teacher: str | None = None
+    """Start from the weights of a teacher: a folder, or "embedded"; None starts from random ones.
+
+    Latent channels may have been added since, and words; other sizes have to be that teacher's.
+    """
     log_every_s: float = 20.0
     """Seconds between progress lines."""
     checkpoint_every_minutes: float = 2.0

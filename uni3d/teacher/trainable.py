@@ -23,6 +23,13 @@ def cast_network(network: nn.Module, *, device: torch.device, dtype: torch.dtype
     nn.Module.to(network, device=device, dtype=dtype)
 
 
+def parameter_names(network: nn.Module, prefix: str) -> list[str]:
+    """Names of the parameters in checkpoints, in their order: "unet.conv_in.weight" for the prefix "unet"."""
+    # CLIPTextModel lost this level in some releases of transformers; a checkpoint may cross them.
+    names = [name.removeprefix("text_model.") for name, _ in network.named_parameters()]
+    return [f"{prefix}.{name}" for name in names]
+
+
 class Trainable:
     """Named networks, AdamW on their float32 master weights, and (if asked) an average of those weights.
 
@@ -55,9 +62,7 @@ class Trainable:
             network.to(memory_format=layout)  # type: ignore[call-overload]
             masters = [parameter.detach().clone() for parameter in network.parameters()]
             cast_network(network, device=device, dtype=compute_dtype)
-            # CLIPTextModel lost this level in some releases of transformers; a checkpoint may cross them.
-            names = [name.removeprefix("text_model.") for name, _ in network.named_parameters()]
-            self.names += [f"{prefix}.{name}" for name in names]
+            self.names += parameter_names(network, prefix)
             self.parameters += list(network.parameters())
             self.masters += masters
         self.is_mixed = compute_dtype != torch.float32

@@ -25,6 +25,7 @@ from uni3d.errors import UsageError
 from uni3d.teacher.autoencoder_training import autoencoder_phase
 from uni3d.teacher.checkpoint_files import read_state
 from uni3d.teacher.denoiser_training import denoiser_phase
+from uni3d.teacher.initial_weights import read_initial_teacher
 from uni3d.teacher.publish import publish_teacher, read_tokenizer
 from uni3d.teacher.session import Resume, Session, choose_device
 from uni3d.teacher.settings import TeacherConfig
@@ -35,6 +36,7 @@ from uni3d.teacher.view_batches import (
     collect_captions,
     tokenizer_for,
 )
+from uni3d.training.processes import Processes, joined_processes
 from uni3d.training.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from uni3d.data.view_shards import Views
 
 logger = logging.getLogger(__name__)
+
+_TOKENIZER = "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ def train_teacher(
 ) -> TrainingResult:
     """Train the embedded teacher on rendered views, for at most `max_minutes` of this call.
 
+    Under `torchrun` with several processes the denoiser's batch is shared among them, one GPU each.
+
     Args:
         config: all settings.
         views_dir: folder of view shards written by `uni3d teacher render`.
@@ -86,13 +92,42 @@ def train_teacher(
         TrainingDiverged: the loss became infinite or NaN.
     """
     started_s = time.monotonic()
-    output = Path(output_dir)
-    _prepare_output(output, resume)
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
+    with joined_processes(uses_cuda=device.type == "cuda") as processes:
+        return _train(
+            config,
+            processes.device(device),
+            processes,
+            views=views,
+            views_dir=views_dir,
+            output=Path(output_dir),
+            resume=resume,
+            deadline_s=None if max_minutes is None else started_s + max_minutes * 60,
+            publish=publish,
+        )
+
+
+def _train(
+    config: TeacherConfig,
+    device: torch.device,
+    processes: Processes,
+    *,
+    views: Views | None,
+    views_dir: str | os.PathLike[str] | None,
+    output: Path,
+    resume: Resume,
+    deadline_s: float | None,
+    publish: bool,
+) -> TrainingResult:
+    """`train_teacher` in one of `processes`."""
+    started_s = time.monotonic()
+    if processes.is_main:
+        _prepare_output(output, resume)
     torch.manual_seed(config.seed)
+    initial_teacher = None if config.initial_teacher is None else read_initial_teacher(config.initial_teacher)
     if views is None:
         if views_dir is None:
             raise UsageError("no views were given; pass the folder that `uni3d teacher render` wrote")
@@ -104,7 +139,12 @@ def train_teacher(
         )
     logger.info("%d views loaded in %.0f s", len(views.records), time.monotonic() - started_s)
     texts = collect_captions(views.records, config.data, seed=config.seed)
-    tokenizer = _tokenizer(output, texts, config, resume)
+    if processes.is_main:
+        tokenizer = _tokenizer(output, texts, config, resume)
+        processes.wait()
+    else:
+        processes.wait()
+        tokenizer = _saved_tokenizer(output)
     pool = build_view_pool(views, texts, tokenizer, config.data, device=device)
     logger.info(
         "%d assets, %d nouns, caption tables and views on %s after %.0f s",
@@ -115,18 +155,26 @@ def train_teacher(
             config=config,
             output=output,
             device=device,
-            deadline_s=None if max_minutes is None else started_s + max_minutes * 60,
+            deadline_s=deadline_s,
             stop=stop,
             pool=pool,
             tokenizer=tokenizer,
             vocabulary=_vocabulary(views, texts),
+            processes=processes,
+            initial_teacher=initial_teacher,
         )
         del views
-        autoencoder, autoencoder_metrics = autoencoder_phase(session, resume)
-        if autoencoder is None:
+        autoencoder, autoencoder_metrics = None, {}
+        if processes.is_main:
+            autoencoder, autoencoder_metrics = autoencoder_phase(session, resume)
+        if not processes.as_main_says(autoencoder is not None)[0]:
             return TrainingResult(False, 0, None, autoencoder_metrics)
+        if autoencoder is None:  # the first process has trained it
+            autoencoder, autoencoder_metrics = autoencoder_phase(session, "auto")
+        assert autoencoder is not None
         is_finished, step, metrics = denoiser_phase(session, autoencoder, autoencoder_metrics, resume)
-    folder = publish_teacher(output / "compact", output / "teacher") if publish else None
+    is_published = publish and processes.is_main
+    folder = publish_teacher(output / "compact", output / "teacher") if is_published else None
     return TrainingResult(is_finished, step, folder, metrics)
 
 
@@ -148,11 +196,9 @@ def _prepare_output(output: Path, resume: Resume) -> None:
 
 def _tokenizer(output: Path, texts: CaptionTexts, config: TeacherConfig, resume: Resume) -> CLIPTokenizer:
     """The tokenizer of the run being resumed, or one trained on `texts`."""
-    folder = output / "tokenizer"
+    folder = output / _TOKENIZER
     if resume != "no" and folder.is_dir():
-        from transformers import CLIPTokenizer
-
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return _saved_tokenizer(output)
     state = read_state(output / "compact") if resume != "no" else None
     if state is not None:
         tokenizer = read_tokenizer(state)
@@ -162,6 +208,12 @@ def _tokenizer(output: Path, texts: CaptionTexts, config: TeacherConfig, resume:
         )
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def _saved_tokenizer(output: Path) -> CLIPTokenizer:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(output / _TOKENIZER, local_files_only=True)
 
 
 def _vocabulary(views: Views, texts: CaptionTexts) -> dict[str, Any]:
