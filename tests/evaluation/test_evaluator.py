@@ -161,12 +161,17 @@ def test_augmentation_keeps_range_and_varies() -> None:
     assert float((first - other).abs().mean()) > 0.02
 
 
-def test_older_folders_leave_the_widths_of_stem_and_head_to_their_rule(
-    trained: tuple[Path, dict], tmp_path: Path
-) -> None:
+def test_older_folders_are_read_as_they_were_trained(trained: tuple[Path, dict], tmp_path: Path) -> None:
     folder = tmp_path / "older"
     shutil.copytree(trained[0], folder)
     config = json.loads((folder / "config.json").read_text())
     assert (config.pop("stem_channels"), config.pop("head_channels")) == (32, 96)
+    assert config.pop("pixel_mean") == [127 / 255] * 3 and config.pop("pixel_std") == [128 / 255] * 3
     (folder / "config.json").write_text(json.dumps(config))
-    assert Evaluator.load(folder).network.config == Evaluator.load(trained[0]).network.config
+    older = Evaluator.load(folder).network
+    assert older.config == replace(
+        Evaluator.load(trained[0]).network.config,
+        pixel_mean=(0.485, 0.456, 0.406),
+        pixel_std=(0.229, 0.224, 0.225),
+    )
+    torch.testing.assert_close(older.image_tower.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))

