@@ -152,9 +152,9 @@ def test_augmentation_keeps_range_and_varies() -> None:
     rgba = (
         torch.from_numpy(np.asarray(painted_views(6, role="both").images)).permute(0, 3, 1, 2).float() / 255
     )
-    first = augment(rgba, torch.Generator().manual_seed(1))
-    again = augment(rgba, torch.Generator().manual_seed(1))
-    other = augment(rgba, torch.Generator().manual_seed(2))
+    first = augment(rgba, torch.Generator().manual_seed(1)).images
+    again = augment(rgba, torch.Generator().manual_seed(1)).images
+    other = augment(rgba, torch.Generator().manual_seed(2)).images
     assert first.shape == (6, 3, 32, 32)
     assert float(first.min()) >= 0 and float(first.max()) <= 1
     torch.testing.assert_close(first, again)

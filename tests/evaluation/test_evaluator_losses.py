@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from uni3d.evaluation.evaluator_data import basic_colours, colour_targets, compatible_nouns
-from uni3d.evaluation.evaluator_losses import caption_loss, noun_loss, soft_cross_entropy, view_loss
+from uni3d.evaluation.evaluator_losses import (
+    caption_loss,
+    feature_loss,
+    noun_loss,
+    soft_cross_entropy,
+    view_loss,
+)
 
 
 def test_compatible_nouns_do_not_compete() -> None:
@@ -49,3 +55,16 @@ def test_captions_of_the_same_thing_are_no_negatives() -> None:
     logits = torch.tensor([[0.0, 40.0], [40.0, 0.0]])
     assert float(caption_loss(logits, torch.tensor([7, 7]))) == pytest.approx(0.0, abs=1e-6)
     assert float(caption_loss(logits, torch.tensor([7, 8]))) == pytest.approx(40.0, rel=1e-3)
+
+
+def test_the_feature_loss_compares_directions_from_the_common_mean() -> None:
+    target = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    centre = target.detach().mean(dim=0)
+    assert float(feature_loss(target.detach(), target)) == pytest.approx(0, abs=1e-6)
+    assert float(feature_loss(centre + 3 * (target.detach() - centre), target)) == pytest.approx(0, abs=1e-6)
+    mirrored = (2 * centre - target.detach()).requires_grad_()
+    loss = feature_loss(mirrored, target)
+    assert float(loss.detach()) == pytest.approx(2, abs=1e-6)
+    shared = (target.detach() + 5).requires_grad_()
+    feature_loss(shared, target).backward()
+    assert target.grad is None and shared.grad is not None and shared.grad.abs().max() > 0

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from uni3d.errors import UsageError
+from uni3d.evaluation.augmentation import augment
+from uni3d.evaluation.evaluator import Evaluator
 from uni3d.evaluation.evaluator_training import fit_evaluator, train_evaluator
 from uni3d.evaluation.image_tower import LITE_SHAPES, EfficientNetTower, TowerShape, start_from, tower_credit
 from uni3d.evaluation.settings import EvaluatorSettings
@@ -104,8 +106,6 @@ def test_training_starts_from_the_given_tower(tmp_path: Path) -> None:
     for name, value in tiny_tower(seed=7).state_dict().items():
         if not name.startswith("norm."):
             torch.testing.assert_close(tower.state_dict()[name], value, atol=1e-3, rtol=1e-3)
-    from uni3d.evaluation.evaluator import Evaluator
-
     metrics = fit_evaluator(
         replace(TINY, initial_tower=file, weight_decay=0.0), painted_views(8, role="both"), tmp_path / "out"
     )
@@ -169,3 +169,28 @@ def test_pixels_are_normalised_as_lite_networks_were_trained() -> None:
     tower.conv_stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     tower(torch.tensor([0, 127, 255]).div(255)[:, None, None, None].expand(3, 3, 8, 8))
     torch.testing.assert_close(seen[0][:, 0, 0, 0], torch.tensor([-127 / 128, 0, 1]), atol=1e-6, rtol=0)
+
+
+def test_features_are_kept_near_the_initial_towers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = save_tower(tiny_tower(seed=7), tmp_path / "tower.safetensors")
+    settings = replace(TINY, steps=2, log_seconds=0, initial_tower=file, tower_learning_rate=1e-3)
+    weights = {}
+    for name, changes in (
+        ("kept", {}),
+        ("not asked for", {"feature_weight": 0.0}),
+        ("no tower", {"initial_tower": None}),
+    ):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="uni3d"):
+            fit_evaluator(replace(settings, **changes), painted_views(8, role="both"), tmp_path / name)
+        assert ("feature " in caplog.text) == (name == "kept")
+        weights[name] = Evaluator.load(tmp_path / name).network.image_tower.conv_head.weight
+    assert not torch.equal(weights["kept"], weights["not asked for"])
+
+
+def test_the_crisp_twin_of_an_augmented_image_shows_the_same_place() -> None:
+    rgba = torch.from_numpy(painted_views(16, role="both", size=64).images).permute(0, 3, 1, 2).float() / 255
+    augmented = augment(rgba, torch.Generator().manual_seed(0))
+    assert augmented.crisp.shape == augmented.images.shape == (16, 3, 64, 64)
+    assert float(augmented.crisp.min()) >= 0 and float(augmented.crisp.max()) <= 1
+    assert float((augmented.crisp - augmented.images).abs().mean()) < 0.12

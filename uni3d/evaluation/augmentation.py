@@ -9,6 +9,7 @@ them must not hang on fine texture. Legend: B batch, H W pixels.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -179,11 +180,23 @@ def random_exposure(images: Tensor, generator: torch.Generator) -> Tensor:
     return (images + noise * draw.amount(0, 0.03) * draw.amount(0, 1)).clamp(0, 1)
 
 
-def augment(rgba: Tensor, generator: torch.Generator) -> Tensor:
-    """Straight-alpha RGBA [B, 4, H, W] in [0, 1] to training images [B, 3, H, W] in [0, 1]."""
+@dataclass(frozen=True)
+class AugmentedImages:
+    """Training images, and the same before they lost detail and were relit; [B, 3, H, W] in [0, 1]."""
+
+    images: Tensor
+    crisp: Tensor
+
+
+def augment(rgba: Tensor, generator: torch.Generator) -> AugmentedImages:
+    """Straight-alpha RGBA [B, 4, H, W] in [0, 1] to training images."""
     is_softened = random_uniform(len(rgba), 0, 1, generator) > CRISP_SHARE
     premultiplied = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
-    object_rgba = random_object_detail(random_warp(premultiplied, generator), is_softened, generator)
+    warped = random_warp(premultiplied, generator)
+    object_rgba = random_object_detail(warped, is_softened, generator)
     background = random_backgrounds(len(rgba), rgba.shape[-1], generator)
-    images = object_rgba[:, :3] + background * (1 - object_rgba[:, 3:])
-    return random_exposure(random_smoothing(images.clamp(0, 1), is_softened, generator), generator)
+    images, crisp = (
+        (part[:, :3] + background * (1 - part[:, 3:])).clamp(0, 1) for part in (object_rgba, warped)
+    )
+    images = random_exposure(random_smoothing(images, is_softened, generator), generator)
+    return AugmentedImages(images, crisp)

@@ -101,6 +101,8 @@ class EvaluatorBatch:
 
     images: Tensor
     """float32 [B, 3, H, W] in [0, 1]."""
+    crisp: Tensor
+    """The same before they lost detail and were relit."""
     noun: Tensor
     benchmark: Tensor
     colour: Tensor
@@ -304,8 +306,10 @@ def draw_batch(
     one_hot = torch.nn.functional.one_hot(word, num_words).float()
     colouring = torch.where(painted, word + 1, 0)
     variant = (uniform(size) * pool.captions.shape[2]).long().clamp_max(pool.captions.shape[2] - 1)
+    augmented = augment(torch.cat([rgb, rgba[:, 3:]], dim=1), generator)
     return EvaluatorBatch(
-        images=augment(torch.cat([rgb, rgba[:, 3:]], dim=1), generator),
+        images=augmented.images,
+        crisp=augmented.crisp,
         noun=pool.noun[views],
         benchmark=pool.benchmark[views],
         colour=torch.where(painted[:, None], one_hot, pool.colour[views]),

@@ -63,3 +63,13 @@ def caption_loss(logits: Tensor, key: Tensor) -> Tensor:
     masked = logits.masked_fill(same, _MASKED)
     diagonal = torch.arange(len(key), device=key.device)
     return (functional.cross_entropy(masked, diagonal) + functional.cross_entropy(masked.T, diagonal)) / 2
+
+
+def feature_loss(features: Tensor, target: Tensor) -> Tensor:
+    """Mean cosine distance (0 to 2) of float32 features [B, F] to `target` [B, F], which gets no gradient.
+
+    Both are taken from the mean of `target` over the batch: what all images share says nothing of any.
+    """
+    target = target.detach()
+    centre = target.mean(dim=0)
+    return (1 - functional.cosine_similarity(features - centre, target - centre)).mean()

@@ -43,12 +43,13 @@ from uni3d.evaluation.evaluator_data import (
 from uni3d.evaluation.evaluator_losses import (
     benchmark_loss,
     caption_loss,
+    feature_loss,
     noun_loss,
     soft_cross_entropy,
     view_loss,
 )
-from uni3d.evaluation.image_tower import read_tower, start_from, tower_credit
-from uni3d.evaluation.network import EvaluatorNetwork, NetworkConfig
+from uni3d.evaluation.image_tower import EfficientNetTower, read_tower, start_from, tower_credit
+from uni3d.evaluation.network import EvaluatorNetwork, NetworkConfig, network_tower
 from uni3d.evaluation.settings import EvaluatorSettings
 from uni3d.evaluation.vocabulary import PADDING, Vocabulary
 from uni3d.training.checkpoint import atomic_write, atomic_write_json
@@ -242,6 +243,7 @@ class _Run:
         self.network = EvaluatorNetwork(config).to(device)
         if settings.initial_tower is not None:
             start_from(self.network.image_tower, settings.initial_tower)
+        self.initial_tower = self._initial_tower(config)
         if device.type == "cuda":
             self.network = self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.averaged = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
@@ -260,6 +262,16 @@ class _Run:
         self.step = 0
         self.seconds = 0.0
         self._bad_steps = 0
+
+    def _initial_tower(self, config: NetworkConfig) -> EfficientNetTower | None:
+        """A frozen tower with the weights started from, if the loss asks for its features."""
+        settings = self.settings
+        if settings.initial_tower is None or not settings.feature_weight:
+            return None
+        tower = network_tower(config).requires_grad_(False).eval()
+        start_from(tower, settings.initial_tower)
+        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        return tower.to(device=self.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
 
     def _tokens(self, texts: list[str]) -> Tensor:
         return self.vocabulary.encode(texts, self.settings.max_words).to(self.device)
@@ -348,6 +360,7 @@ class _Run:
             if self.device.type == "cuda":
                 images = images.contiguous(memory_format=torch.channels_last)
             output = network.images(images)
+            initial_features = self._initial_features(batch.crisp)
             nouns, benchmark, colours, basics, captions = _embed_together(
                 network, [texts.nouns, texts.benchmark, texts.colours, texts.basics, batch.caption]
             )
@@ -370,10 +383,20 @@ class _Run:
             "view": view_loss(output.view_logits, batch.view, batch.front, smoothing=smoothing),
             "caption": caption_loss(network.similarity(image, captions, "caption"), batch.caption_key),
         }
+        if initial_features is not None:
+            losses["feature"] = feature_loss(output.features[: len(initial_features)], initial_features)
         total = torch.stack(
             [getattr(settings, f"{name}_weight") * loss for name, loss in losses.items()]
         ).sum()
         return {"total": total, **losses}
+
+    @torch.no_grad()
+    def _initial_features(self, crisp: Tensor) -> Tensor | None:
+        """Features [B / 2, F] that the frozen tower has of the first half of crisp images [B, 3, H, W].
+
+        Half are enough for a mild pull, and cost half.
+        """
+        return None if self.initial_tower is None else self.initial_tower(crisp[: (len(crisp) + 1) // 2])
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -102,6 +102,16 @@ def _view_head(num_features: int, hidden: int) -> nn.Module:
     return nn.Sequential(nn.Linear(num_features, hidden), nn.GELU(), nn.Linear(hidden, len(VIEW_WORDS)))
 
 
+def network_tower(config: NetworkConfig) -> EfficientNetTower:
+    """The image tower that `config` describes, with random weights."""
+    return EfficientNetTower(
+        config.tower_shape,
+        input_size=config.input_size,
+        pixel_mean=config.pixel_mean,
+        pixel_std=config.pixel_std,
+    )
+
+
 @dataclass(frozen=True)
 class ImageOutput:
     """What the image side computes: pooled features [B, F], unit embedding [B, E], view logits [B, 4]."""
@@ -117,12 +127,7 @@ class EvaluatorNetwork(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_tower = EfficientNetTower(
-            config.tower_shape,
-            input_size=config.input_size,
-            pixel_mean=config.pixel_mean,
-            pixel_std=config.pixel_std,
-        )
+        self.image_tower = network_tower(config)
         self.text_tower = TextTower(config)
         self.dropout = nn.Dropout(config.dropout)
         self.image_projection = nn.Linear(self.image_tower.num_features, config.embedding_size)

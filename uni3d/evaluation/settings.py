@@ -79,7 +79,7 @@ class EvaluatorSettings:
     """Share of each target spread over the other classes."""
     dropout: float = 0.2
     """Dropout of the pooled image features while training."""
-    category_balance: float = 0.5
+    category_balance: float = 0.75
     """Assets are drawn with a weight of (assets of the same category)^-balance: rare ones are seen too."""
     recolour_probability: float = 0.5
     """Recolour the main material to a random colour word, which then is the colour label."""
@@ -93,6 +93,8 @@ class EvaluatorSettings:
     """Loss weight: the right view word."""
     caption_weight: float = 0.3
     """Loss weight: image against full caption, contrastive within the batch."""
+    feature_weight: float = 0.5
+    """Loss weight: image features near those that `initial_tower` has of the image before it lost detail."""
 
     num_benchmark_nouns: int = 50
     """Nouns that measurements choose among."""
@@ -153,6 +155,7 @@ _EVALUATOR_RANGES: dict[str, tuple[float, float]] = {
     "colour_weight": (0, 1e6),
     "view_weight": (0, 1e6),
     "caption_weight": (0, 1e6),
+    "feature_weight": (0, 1e6),
     "num_benchmark_nouns": (1, 1e6),
     "save_seconds": (0, 1e9),
     "log_seconds": (0, 1e9),
