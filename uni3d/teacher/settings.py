@@ -109,7 +109,7 @@ class AutoencoderConfig:
     """Length of the run; None trains `planned_steps` steps."""
     planned_steps: int = 4000
     gradient_clip: float = 1.0
-    foreground_weight: float = 2.0
+    foreground_weight: float = 6.0
     """Extra weight of the object's pixels: they are a fifth of the image."""
     chroma_weight: float = 2.0
     """Weight of the error of colour less its grey part; without it colours fade to grey."""
