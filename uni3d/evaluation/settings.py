@@ -34,7 +34,7 @@ class EvaluatorSettings:
     """Side of the square images, pixels."""
     initial_tower: Path | None = None
     """File of ImageNet weights that the image tower starts from, .safetensors; none starts at random."""
-    input_size: int = 224
+    input_size: int = 192
     """Side to which the image tower enlarges its images, pixels; larger feature maps cost more time."""
     stage_channels: tuple[int, ...] = (16, 24, 48, 88, 120, 208, 352)
     """Channels of the image tower per stage, at most seven; the values of EfficientNet-Lite2."""
