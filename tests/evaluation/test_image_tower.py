@@ -14,6 +14,7 @@ from torch.nn import functional
 from uni3d.errors import UsageError
 from uni3d.evaluation.augmentation import augment
 from uni3d.evaluation.evaluator import Evaluator
+from uni3d.evaluation.evaluator_losses import feature_loss
 from uni3d.evaluation.evaluator_training import fit_evaluator, train_evaluator
 from uni3d.evaluation.image_tower import LITE_SHAPES, EfficientNetTower, TowerShape, start_from, tower_credit
 from uni3d.evaluation.settings import EvaluatorSettings
@@ -194,3 +195,13 @@ def test_the_crisp_twin_of_an_augmented_image_shows_the_same_place() -> None:
     assert augmented.crisp.shape == augmented.images.shape == (16, 3, 64, 64)
     assert float(augmented.crisp.min()) >= 0 and float(augmented.crisp.max()) <= 1
     assert float((augmented.crisp - augmented.images).abs().mean()) < 0.12
+
+
+def test_features_start_at_the_initial_towers(tmp_path: Path) -> None:
+    file = save_tower(tiny_tower(seed=7), tmp_path / "tower.safetensors")
+    crisp = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tower, initial = tiny_tower(seed=8).train(), tiny_tower(seed=9).train()
+    start_from(tower, file)
+    start_from(initial, file)
+    assert float(feature_loss(tower(crisp), initial(crisp)).detach()) == pytest.approx(0, abs=1e-5)
+    assert float(feature_loss(tower(crisp), initial.eval()(crisp)).detach()) > 0.01

@@ -264,11 +264,15 @@ class _Run:
         self._bad_steps = 0
 
     def _initial_tower(self, config: NetworkConfig) -> EfficientNetTower | None:
-        """A frozen tower with the weights started from, if the loss asks for its features."""
+        """A frozen tower with the weights started from, if the loss asks for its features.
+
+        It stays in training mode: normalised by ImageNet's statistics instead of the batch's, its features
+        would be far from the trained tower's before that learnt anything (cosine distance 0.77, not 0).
+        """
         settings = self.settings
         if settings.initial_tower is None or not settings.feature_weight:
             return None
-        tower = network_tower(config).requires_grad_(False).eval()
+        tower = network_tower(config).requires_grad_(False)
         start_from(tower, settings.initial_tower)
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         return tower.to(device=self.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
