@@ -51,8 +51,9 @@ class EDMDenoiser(nn.Module):
     `model.map_augment`, where the configuration has one, takes part only when augment_labels are given;
     DistributedDataParallel wants to be told: `net.model.map_augment.requires_grad_(False)`.
 
-    Shapes are static and nothing waits for the device, so `torch.compile(net)` needs no graph breaks. In
-    training mode dropout is active and drawn from torch's global generators.
+    Shapes are static and nothing waits for the device, so `torch.compile(net)` needs no graph breaks; pass
+    sigma as a tensor then, since each new number would be compiled anew. In training mode dropout is active
+    and drawn from torch's global generators.
     """
 
     def __init__(
