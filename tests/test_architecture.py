@@ -65,6 +65,7 @@ PROGRAMS = ("text_to_3d", "scene_optimiser")
 COMMANDS = (
     "commands",
     "dataset_commands",
+    "edm_commands",
     "teacher_commands",
     "evaluation_commands",
     "cli_parsing",
