@@ -255,6 +255,13 @@ def test_a_zip_bomb_is_refused_before_it_unpacks(tmp_path: Path) -> None:
     assert "5000x5000 pixels" in refused(make_zip(tmp_path / "large.zip", {"a.png": large + tail}))
 
 
+def test_names_that_would_break_a_line_are_quoted(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "set.zip", {"a\n\x1b[31m.png": b"x"})
+    assert r"'a\n\x1b[31m.png' cannot be decoded" in refused(path)
+    path = make_zip(tmp_path / "set.zip", {f"{'a' * 300}.png": b"x"})
+    assert "aaa... cannot be decoded" in refused(path)
+
+
 def test_modes_of_pictures(tmp_path: Path) -> None:
     def file_of(image: Image.Image, **options: Any) -> Path:
         buffer = io.BytesIO()

@@ -35,6 +35,12 @@ _DAMAGE = (
 )
 
 
+def shown(name: str) -> str:
+    """A file's name for a message of one line: quoted where it would break it, and cut if it is long."""
+    name = name if name.isprintable() else repr(name)
+    return name if len(name) <= 200 else f"{name[:197]}..."
+
+
 def decode_image(encoded: bytes, *, title: str, as_rgb: bool = False) -> np.ndarray:
     """Pixels uint8 [C, H, W] of a PNG, JPEG, WebP or BMP file; C is 1 (grey) or 3 (sRGB).
 

@@ -22,12 +22,12 @@ import numpy as np
 
 from uni3d.data.cifar10 import Split, is_cifar10, open_cifar10
 from uni3d.data.image_dataset import ImageDataset, dataset_of_array, dataset_of_files
-from uni3d.data.image_decoding import MAX_FILE_BYTES, SUFFIXES
+from uni3d.data.image_decoding import MAX_FILE_BYTES, SUFFIXES, shown
 from uni3d.errors import UsageError
 
 LabelSource = Literal["auto", "none"]
 LABEL_FILE = "dataset.json"
-_MAX_LABEL_BYTES = 256 * 2**20
+_MAX_LABEL_BYTES = 128 * 2**20
 _MAX_ARRAY_BYTES = 32 * 2**30
 _MAX_XZ_BYTES = 4 * 2**30
 _SHOWN_SUFFIXES = " ".join(SUFFIXES)
@@ -113,7 +113,7 @@ class _ZipFiles:
         return _read_member(self._handle, self.path, self.names[index], MAX_FILE_BYTES)
 
     def title(self, index: int) -> str:
-        return f"'{self.path}': {self.names[index]}"
+        return f"'{self.path}': {shown(self.names[index])}"
 
 
 def _zip_at(path: Path) -> zipfile.ZipFile:
@@ -129,8 +129,8 @@ def _read_member(archive: zipfile.ZipFile, path: Path, name: str, limit: int) ->
     info = archive.getinfo(name)
     if info.file_size > limit:
         raise UsageError(
-            f"'{path}': {name} unpacks to {info.file_size / 2**20:.0f} MiB, more than {limit // 2**20}; "
-            f"remove it"
+            f"'{path}': {shown(name)} unpacks to {info.file_size / 2**20:.0f} MiB, more than "
+            f"{limit // 2**20}; remove it"
         )
     try:
         return archive.read(info)
@@ -138,7 +138,9 @@ def _read_member(archive: zipfile.ZipFile, path: Path, name: str, limit: int) ->
         zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, EOFError, zlib.error, lzma.LZMAError,
     ) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UsageError(f"'{path}': {name} is damaged ({reason}); copy or make the zip again") from None
+        raise UsageError(
+            f"'{path}': {shown(name)} is damaged ({reason}); copy or make the zip again"
+        ) from None
 
 
 def _open_zip(
@@ -167,9 +169,9 @@ def _check_members(infos: Sequence[zipfile.ZipInfo], path: Path) -> None:
         if ".." in parts or name.startswith(("/", "\\")) or (len(name) > 1 and name[1] == ":"):
             raise UsageError(f"'{path}' holds the unsafe name {name[:200]!r}; make the zip again without it")
         if info.flag_bits & 1:
-            raise UsageError(f"'{path}': {name} is encrypted; make the zip again without a password")
+            raise UsageError(f"'{path}': {shown(name)} is encrypted; make the zip again without a password")
         if name in seen:
-            raise UsageError(f"'{path}' holds {name} twice; make the zip again")
+            raise UsageError(f"'{path}' holds {shown(name)} twice; make the zip again")
         seen.add(name)
 
 
@@ -205,20 +207,20 @@ def _labels_of(document: bytes, names: Sequence[str], where: str) -> np.ndarray 
         if not (isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) and type(row[1]) is int):
             raise UsageError(f"{where} holds the label {str(row)[:80]}; expected [file name, whole number]")
         if row[0] in class_of and class_of[row[0]] != row[1]:
-            raise UsageError(f"{where} gives {row[0][:200]} two classes; keep one")
+            raise UsageError(f"{where} gives {shown(row[0])} two classes; keep one")
         class_of[row[0]] = row[1]
     missing = [name for name in names if name not in class_of]
     if missing:
         raise UsageError(
             f"{where} has no label for {len(missing)} of {len(names)} images, the first is "
-            f"{missing[0][:200]}; label all, or read without labels"
+            f"{shown(missing[0])}; label all, or read without labels"
         )
     unknown = len(class_of) - len(names)
     if unknown:
         known = set(names)
         first = next(name for name in class_of if name not in known)
         raise UsageError(
-            f"{where} labels {unknown} files that are not there, the first is {first[:200]}; "
+            f"{where} labels {unknown} files that are not there, the first is {shown(first)}; "
             f"remove those labels or add the files"
         )
     values = [class_of[name] for name in names]
@@ -242,7 +244,7 @@ class _FolderFiles:
         return _read_file(self.folder / self.names[index], MAX_FILE_BYTES)
 
     def title(self, index: int) -> str:
-        return f"'{self.folder / self.names[index]}'"
+        return f"'{self.folder}': {shown(self.names[index])}"
 
 
 def _read_file(path: Path, limit: int) -> bytes:
