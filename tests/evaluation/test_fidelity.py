@@ -104,6 +104,17 @@ def test_figures_do_not_depend_on_the_batches_or_on_ranks() -> None:
         left.merge(measure_features([images], net, num_kept=0))
 
 
+@pytest.mark.gpu
+def test_figures_on_a_gpu_are_those_of_the_cpu() -> None:
+    nets = PatchNet(), PatchNet(device=torch.device("cuda"))
+    references = [measure_reference(batches(scenes(120, 0)), net, source="s", num_kept=None) for net in nets]
+    found = [
+        evaluate_images(batches(scenes(100, 1)), reference, net, settings=SETTINGS).metrics
+        for reference, net in zip(references, nets, strict=True)
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-5)
+
+
 def test_the_result_says_everything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     net = PatchNet()
     found = measure_reference([scenes(60, 0)], net, source="scenes-train", num_kept=None)
@@ -154,6 +165,7 @@ def test_grey_images_are_shown_as_colour_and_floats_are_refused() -> None:
     shown = network_output(net, np.repeat(grey, 3, axis=1)).features
     torch.testing.assert_close(network_output(net, grey).features, shown)
     assert float(shown.min()) >= -1 and float(shown.max()) <= 1
+    torch.testing.assert_close(network_output(net, grey[..., ::-1]).features.sum(), shown.sum())
     extremes = np.zeros((2, 3, 4, 4), np.uint8)
     extremes[1] = 255
     ends = network_output(net, extremes).features
@@ -363,7 +375,7 @@ def test_inception_weights_that_run_code_are_refused(tmp_path: Path, monkeypatch
 def test_inception_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     path, digest = weights_file(tmp_path / "w.pth", {})
-    with pytest.raises(MissingPackageError, match="pip install 'uni3d\\[eval\\]'"):
+    with pytest.raises(MissingPackageError, match=r'pip install "uni3d\[eval\]"'):
         InceptionV3(path, sha256=digest)
 
 

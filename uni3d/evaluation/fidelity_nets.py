@@ -81,7 +81,8 @@ def network_output(net: FeatureNet, images: Tensor | np.ndarray) -> NetOutput:
 
     Figures are of 8-bit images, as they would be saved. Raises UsageError for another dtype or shape.
     """
-    batch = torch.as_tensor(images)
+    # A copy of an array: torch reads no mirrored views and warns of read-only ones.
+    batch = torch.from_numpy(np.array(images)) if isinstance(images, np.ndarray) else images
     if batch.dtype != torch.uint8:
         raise UsageError(
             f"images have the type {str(batch.dtype).removeprefix('torch.')}; make them uint8 first, from "
@@ -206,7 +207,7 @@ def _inception_module(data: bytes, path: Path) -> nn.Module:
         reason = " ".join(str(error).split())[:200]
         raise MissingPackageError(
             f"Inception-v3 needs the package torch-fidelity ({reason}); install it with: pip install "
-            f"'uni3d[eval]', and torchvision from where torch came from"
+            f'"uni3d[eval]", and torchvision from where torch came from'
         ) from None
     try:
         return library.FeatureExtractorInceptionV3(
