@@ -14,7 +14,7 @@ from torch import Tensor
 
 from uni3d.errors import UsageError
 
-_ROWS = 4096
+_ROWS = 1024
 # Of the largest squared norm: rounding of a squared distance that is exactly zero.
 _SLACK = 1e-12
 
@@ -167,7 +167,7 @@ def precision_recall(real: Tensor, generated: Tensor, *, num_neighbours: int = 3
 
     A set covers the balls around its members that reach to their `num_neighbours`-th nearest neighbour in it.
     Precision is the share of `generated` that `real` covers, recall the other way round. Both depend on N and
-    M: compare equal numbers. Distances are held 4096 rows at a time; the time grows as N^2 + M^2 + N M.
+    M: compare equal numbers. Distances are held 1024 rows at a time; the time grows as N^2 + M^2 + N M.
     Raises UsageError for sets of `num_neighbours` images or fewer.
     """
     check_features(real)
