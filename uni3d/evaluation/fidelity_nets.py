@@ -191,6 +191,7 @@ def _checked_bytes(path: Path, sha256: str) -> bytes:
             f"Inception weights '{path}' have the SHA-256 {found}, expected {sha256}; copy the file again, "
             f"or pass its checksum as sha256 to use other weights under another name"
         )
+    # torch-fidelity unpickles without limits, so the same bytes are first read with them.
     try:
         torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes torch raise
