@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -242,6 +243,12 @@ def test_save_and_load(tmp_path: Path) -> None:
     loaded = edm.load(folder, body_dtype=torch.bfloat16)
     assert loaded.body_dtype == torch.bfloat16
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), loaded.parameters(), strict=True))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    copied = copy.deepcopy(loaded)
+    copied.model.map_layer0.bias.data += 1  # type: ignore[operator]
+    assert torch.equal(
+        loaded.state_dict()["model.map_layer0.bias"], net.state_dict()["model.map_layer0.bias"]
+    )
     edm.save(loaded, folder, overwrite=True)
     with pytest.raises(MissingWeightsError, match=r"holds no config.json; pass a folder"):
         edm.load(tmp_path / "none")

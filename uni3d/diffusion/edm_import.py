@@ -334,17 +334,17 @@ def _read_tensors(network: ModuleRecord, config: EDMConfig) -> dict[str, Tensor]
     storages = {id(record.storage): record.storage for record in records.values()}
     if sum(record.num_bytes for record in records.values()) > sum(len(s.data) for s in storages.values()):
         raise RefusedPickle("its tensors overlap")
-    expected = dict(net.named_buffers())
-    return {name: _read_tensor(name, record, name in expected, config) for name, record in records.items()}
+    return {name: _read_tensor(name, record, config) for name, record in records.items()}
 
 
-def _read_tensor(name: str, record: TensorRecord, is_buffer: bool, config: EDMConfig) -> Tensor:
+def _read_tensor(name: str, record: TensorRecord, config: EDMConfig) -> Tensor:
     if record.storage.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise DamagedPickle(f"{name} holds {record.storage.dtype}; expected torch.float32")
     tensor = record.materialise().float()
     if not bool(torch.isfinite(tensor).all()):
         raise DamagedPickle(f"{name} holds numbers that are not finite")
-    if is_buffer and name.endswith(".resample_filter"):
+    if name.endswith(".resample_filter"):
+        # The box filter is never read: pooling and repetition stand for it.
         if not torch.allclose(tensor, box_or_fir(config.resample_taps), rtol=1e-3, atol=1e-5):
             raise DamagedPickle(f"{name} is not the filter that its constructor arguments name")
     return tensor
