@@ -167,8 +167,10 @@ def precision_recall(real: Tensor, generated: Tensor, *, num_neighbours: int = 3
 
     A set covers the balls around its members that reach to their `num_neighbours`-th nearest neighbour in it.
     Precision is the share of `generated` that `real` covers, recall the other way round. Both depend on N and
-    M: compare equal numbers. The ball of one real image may hold a whole cluster of images unlike any other, so
-    a high precision means little beside a recall near 0. Distances are held 1024 rows at a time; the time grows as N^2 + M^2 + N M.
+    M: compare equal numbers. The ball of one real image may hold a whole cluster of images unlike any other,
+    so a high precision means little beside a recall near 0. Distances are held 1024 rows at a time; the time
+    grows as N^2 + M^2 + N M.
+
     Raises UsageError for sets of `num_neighbours` images or fewer.
     """
     check_features(real)
