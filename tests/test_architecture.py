@@ -62,7 +62,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 # May import everything but the command line.
 PROGRAMS = ("text_to_3d", "scene_optimiser")
 # Import at the top only plain modules; what they run is imported inside functions.
-COMMANDS = ("commands", "teacher_commands", "evaluation_commands", "cli_parsing", "demo")
+COMMANDS = (
+    "commands",
+    "dataset_commands",
+    "edm_commands",
+    "teacher_commands",
+    "evaluation_commands",
+    "cli_parsing",
+    "demo",
+)
 PLAIN_LAYER = {
     "cli",
     "cli_parsing",

@@ -151,26 +151,26 @@ class EfficientNetTower(nn.Module):
         return functional.relu6(self.bn1(self.conv_head(x)))
 
 
-def read_tower(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file in float32; UsageError for anything else."""
+def read_tower(path: Path, *, title: str = "initial_tower") -> dict[str, Tensor]:
+    """The tensors of a .safetensors file in float32; UsageError, naming it `title`, for anything else."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if path.suffix != ".safetensors":
-        raise UsageError(f"initial_tower '{path}' is no .safetensors file, the only kind read; {_CONVERSION}")
+        raise UsageError(f"{title} '{path}' is no .safetensors file, the only kind read; {_CONVERSION}")
     if not path.is_file():
-        raise UsageError(f"initial_tower '{path}' does not exist; pass a .safetensors file")
+        raise UsageError(f"{title} '{path}' does not exist; pass a .safetensors file")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"initial_tower '{path}' is damaged ({reason}); {_CONVERSION}") from None
+        raise UsageError(f"{title} '{path}' is damaged ({reason}); {_CONVERSION}") from None
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
 
-def start_from(tower: EfficientNetTower, path: Path) -> None:
+def start_from(tower: EfficientNetTower, path: Path, *, title: str = "initial_tower") -> None:
     """Load the convolutions and their statistics of `path` into `tower`; UsageError if they do not fit."""
-    tensors = read_tower(path)
+    tensors = read_tower(path, title=title)
     own = {name: value for name, value in tower.state_dict().items() if not name.startswith("norm.")}
     wrong = sorted(
         name for name in own.keys() | tensors.keys()
@@ -178,7 +178,7 @@ def start_from(tower: EfficientNetTower, path: Path) -> None:
     )  # fmt: skip
     if wrong:
         raise UsageError(
-            f"initial_tower '{path}' does not fit the tower ({len(wrong)} tensors differ, the first is "
+            f"{title} '{path}' does not fit the tower ({len(wrong)} tensors differ, the first is "
             f"{wrong[0]}); set stage_channels and stage_blocks as in that file, or {_CONVERSION}"
         )
     tower.load_state_dict(tensors, strict=False)

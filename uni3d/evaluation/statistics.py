@@ -50,9 +50,8 @@ def bootstrap_rate(
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """Squared Frechet (2-Wasserstein) distance of Gaussians fitted to two sets of features [N, F], [M, F].
 
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), in float64 (Dowson and Landau 1982). The trace
-    of the root is taken of the symmetric C_a^(1/2) C_b C_a^(1/2), which has the same eigenvalues. The
-    estimate is biased upwards for few samples: compare only figures with the same N and M.
+    See `frechet_distance_of_gaussians`. The estimate is biased upwards for few samples: compare only figures
+    with the same N and M.
     Raises UsageError for fewer than two samples, other shapes or non-finite features.
     """
     if features_a.dim() != 2 or features_b.dim() != 2 or features_a.shape[1] != features_b.shape[1]:
@@ -67,10 +66,20 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     a, b = features_a.double(), features_b.double()
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise UsageError("features hold NaN or infinity; look at the images they were computed from")
-    mean_term = (a.mean(0) - b.mean(0)).square().sum()
     cov_a, cov_b = torch.atleast_2d(torch.cov(a.T)), torch.atleast_2d(torch.cov(b.T))
+    return frechet_distance_of_gaussians(a.mean(0), cov_a, b.mean(0), cov_b)
+
+
+def frechet_distance_of_gaussians(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """Squared Frechet distance of two Gaussians with means [F] and covariances [F, F], in float64.
+
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Dowson and Landau 1982). The trace of the root is
+    taken of the symmetric C_a^(1/2) C_b C_a^(1/2), which has the same eigenvalues.
+    """
+    mean_a, cov_a, mean_b, cov_b = (value.double() for value in (mean_a, cov_a, mean_b, cov_b))
     root_a = _symmetric_root(cov_a)
     trace_of_root = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp_min(0).sqrt().sum()
+    mean_term = (mean_a - mean_b).square().sum()
     distance = mean_term + torch.trace(cov_a) + torch.trace(cov_b) - 2 * trace_of_root
     return max(float(distance), 0.0)
 
