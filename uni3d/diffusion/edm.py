@@ -95,6 +95,7 @@ class EDMDenoiser(nn.Module):
         *,
         augment_labels: Tensor | None = None,
         output: Literal["both"],
+        detach_x0: bool = False,
     ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
@@ -105,6 +106,7 @@ class EDMDenoiser(nn.Module):
         *,
         augment_labels: Tensor | None = None,
         output: Output = "x0",
+        detach_x0: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The x0-prediction, the encoder's output, or both from one pass.
 
@@ -116,6 +118,7 @@ class EDMDenoiser(nn.Module):
             augment_labels: what was done to the images, [B, augment_dim]; None, for none, when sampling.
             output: "x0" for [B, C, H, W]; "features" for [B, F, h, w], the encoder's output, without running
                 the decoder; "both" for (x0, features).
+            detach_x0: run the decoder without gradients, so that only the features carry some.
 
         Returns:
             float32, differentiable in x, sigma, labels and parameters. Fused attention kernels have no second
@@ -152,7 +155,8 @@ class EDMDenoiser(nn.Module):
         features = hidden.float()
         if output == "features":
             return features
-        x0 = c_skip * x + c_out * self.model.decode(hidden, skips, embedding).float()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_x0):
+            x0 = c_skip * x + c_out * self.model.decode(hidden, skips, embedding).float()
         return x0 if output == "x0" else (x0, features)
 
     def features(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:

@@ -31,7 +31,8 @@ from uni3d.teacher.session import (
     start_from,
 )
 from uni3d.teacher.trainable import Trainable, cast_network
-from uni3d.teacher.view_batches import ViewSampler, mix_seeds
+from uni3d.teacher.view_batches import ViewSampler
+from uni3d.training.seeds import mix_seeds
 
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from uni3d.errors import UsageError
 from uni3d.scene.camera import Cameras, view_word
 from uni3d.teacher.settings import TeacherDataConfig
 from uni3d.teacher.tokenizer import token_ids, train_tokenizer, words_of
+from uni3d.training.seeds import mix_seeds
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -342,12 +343,3 @@ def random_backgrounds(
     along = 0.5 + 0.5 * (x * angle.cos() + y * angle.sin()) / math.sqrt(2)
     mixed = start[:, :, None, None] + (end - start)[:, :, None, None] * along[:, None]
     return mixed.clamp(0, 1)
-
-
-def mix_seeds(seed: int, index: int) -> int:
-    """One 63-bit seed from two integers (splitmix64 finaliser): neighbouring streams share nothing."""
-    mask = (1 << 64) - 1
-    value = (seed * 0x9E3779B97F4A7C15 + index * 0xD1342543DE82EF95 + 0x632BE59BD9B4E019) & mask
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-    return (value ^ (value >> 31)) >> 1
