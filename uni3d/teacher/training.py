@@ -27,7 +27,7 @@ from uni3d.teacher.checkpoint_files import read_state
 from uni3d.teacher.denoiser_training import denoiser_phase
 from uni3d.teacher.initial_weights import read_initial_teacher
 from uni3d.teacher.publish import publish_teacher, read_tokenizer
-from uni3d.teacher.session import Resume, Session, choose_device
+from uni3d.teacher.session import Resume, Session
 from uni3d.teacher.settings import TeacherConfig
 from uni3d.teacher.view_batches import (
     VIEW_WORDS,
@@ -36,6 +36,7 @@ from uni3d.teacher.view_batches import (
     collect_captions,
     tokenizer_for,
 )
+from uni3d.training.devices import choose_device
 from uni3d.training.processes import Processes, joined_processes
 from uni3d.training.stop import StopFlag
 
