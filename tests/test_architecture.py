@@ -45,6 +45,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config_values",
         *PLAIN,
     },
+    "distillation": {
+        "losses",
+        "diffusion",
+        "data",
+        "training",
+        "config_loader",
+        "config_values",
+        *PLAIN,
+    },
     # The plain layer: settings and checks, standard library and YAML only.
     "errors": set(),
     "config_values": {"errors"},
@@ -66,6 +75,7 @@ COMMANDS = (
     "commands",
     "dataset_commands",
     "edm_commands",
+    "image_commands",
     "teacher_commands",
     "evaluation_commands",
     "cli_parsing",
@@ -84,6 +94,7 @@ PLAIN_LAYER = {
     "resources",
     "teacher.settings",
     "evaluation.settings",
+    "distillation.settings",
 }
 WITHOUT_TORCH = (
     "errors",

@@ -42,6 +42,8 @@ COMMANDS = (
     Command("doctor", "versions, devices, weights and optional packages", "uni3d.commands:doctor"),
     Command("dataset", "check a set of images, or write it as an EDM zip", "uni3d.dataset_commands:dataset"),
     Command("import-edm", "convert a network pickle of EDM, safely", "uni3d.edm_commands:import_edm"),
+    Command("train-teacher", "train an EDM image teacher", "uni3d.image_commands:train_teacher"),
+    Command("distill", "distil a one-step image generator from it", "uni3d.image_commands:distill"),
     Command("teacher render", "render a folder of 3D assets for training", "uni3d.teacher_commands:render"),
     Command("teacher train", "train a teacher on such renders", "uni3d.teacher_commands:train"),
     Command("teacher sample", "draw a grid of a teacher's samples", "uni3d.teacher_commands:sample"),
