@@ -59,7 +59,7 @@ def check_images(dataset: ImageDataset, network: EDMConfig, *, title: str) -> No
             f"'{dataset.name}' has no labels, but the {title} knows {network.label_dim} classes; pass "
             f"labelled images"
         )
-    if dataset.num_classes > network.label_dim:
+    if dataset.num_classes != network.label_dim:
         raise UsageError(
             f"'{dataset.name}' has {dataset.num_classes} classes, the {title} {network.label_dim}; pass the "
             f"images it was trained on"
