@@ -120,7 +120,7 @@ def test_folders_and_methods_that_do_not_work(
         (["--method.method", "sid", "--method.ratio", "attached"], "method.ratio belongs to uni-instruct"),
         (["--method.method", "sid", "--method.divergence", "js"], "sid minimises reverse_kl by definition"),
         (["--run.batch", "0"], "run.batch is 0; expected a number from 1"),
-        (["--noise.t-max", "2"], "noise.t_max is 2; expected a number from 0.01 to 1"),
+        (["--noise.t-max", "2"], "noise.t_max is 2.0; expected a number from 0.01 to 1"),
     ):
         code, sentence = said([*words, "--output", str(run), *flags], capsys)
         assert code == 2 and message in sentence
