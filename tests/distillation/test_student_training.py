@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -312,3 +314,37 @@ def test_the_images_of_a_batch_do_not_depend_on_where_they_lie() -> None:
         assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])  # type: ignore[arg-type]
     for program in programs:
         program.close()
+
+
+def test_tensorboard_gets_the_metrics_where_it_is_installed(
+    tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[str, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path / "run" / "tensorboard")
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, step))
+
+        def add_image(self, name: str, image: Tensor, step: int) -> None:
+            assert image.shape == (3, 64, 64) and image.dtype == torch.uint8
+            written.append((name, step))
+
+        def close(self) -> None:
+            written.append(("closed", 0))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    distill(distill_config(teacher_folder), tmp_path / "run", quiet=True)
+    assert {("student_loss", 1), ("fake_score_loss", 3), ("samples", 3)} <= set(written)
+    assert written[-1] == ("closed", 0)
+
+
+def test_a_method_without_a_discriminator_reads_no_images(tmp_path: Path, teacher_folder: Path) -> None:
+    config = distill_config(
+        teacher_folder, method={"method": "sid"}, data={"source": str(tmp_path / "missing.zip")}
+    )
+    assert distill(config, tmp_path / "run", quiet=True).is_finished

@@ -40,6 +40,9 @@ class Compiled:
 
     def __init__(self, network: nn.Module, *, enabled: bool) -> None:
         self._plain = network
+        if enabled:
+            # All networks share the code of one class, and each has a graph for every use of it.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self._call: Any = torch.compile(network, dynamic=False) if enabled else network
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
