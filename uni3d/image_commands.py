@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,8 @@ def train_teacher(arguments: Sequence[str]) -> int:
             accept_changes=options.accept_changes,
             quiet=options.quiet,
         )
-        stdout.write(_result_text(result, "train-teacher", options))
+        if _is_main():
+            stdout.write(_result_text(result, "train-teacher", options))
     return 0
 
 
@@ -109,7 +111,8 @@ def distill(arguments: Sequence[str]) -> int:
             accept_changes=options.accept_changes,
             quiet=options.quiet,
         )
-        stdout.write(_result_text(result, "distill", options))
+        if _is_main():
+            stdout.write(_result_text(result, "distill", options))
     return 0
 
 
@@ -128,9 +131,14 @@ def _base_settings(arguments: Sequence[str], default: Settings) -> Settings:
 
 
 def _check(options: TrainTeacherOptions | DistillOptions) -> None:
-    if options.quiet:
+    if options.quiet or not _is_main():
         be_quiet()
     check_output_folder(options.output)
+
+
+def _is_main() -> bool:
+    """Whether this is the process that speaks, among those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _result_text(result: Any, command: str, options: TrainTeacherOptions | DistillOptions) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from uni3d.config_loader import config_to_dict, load_config
+from uni3d.diffusion.edm import EDMDenoiser
+from uni3d.diffusion.edm_config import preset
 from uni3d.distillation.settings import (
     IMAGE_METHODS,
     AverageConfig,
@@ -21,11 +27,13 @@ from uni3d.distillation.settings import (
     OptimiserConfig,
     RunConfig,
     SigmaLawConfig,
+    TeacherTrainingConfig,
 )
 from uni3d.distillation.sigma_laws import companion_law, student_law, time_weight_for
 from uni3d.distillation.stages import stage_at, stages_of
 from uni3d.distillation.weights import average_decay, rate_factor
 from uni3d.errors import ConfigError
+from uni3d.resources import resource_path
 
 GROUPS = [
     ("data.", ImageDataConfig),
@@ -172,3 +180,52 @@ def test_a_preset_is_for_its_images() -> None:
         ConfigError, match="is for 32x32 images with 3 channels and 10 classes, the data have"
     ):
         network.edm_config(resolution=64, image_channels=3, label_dim=10)
+
+
+FILES = sorted(resource_path("configs").glob("distill_*.yaml"))
+WHOLE_FILES = ("distill_cifar10_uncond", "distill_cifar10_cond", "distill_imagenet64")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_shipped_distillations_have_stages(file: Path) -> None:
+    config = load_config(file, DistillConfig())
+    stages = stages_of(config.method)
+    assert stages[0].recipe is None and stages[-1].recipe is not None
+    ends = [stage.end for stage in stages]
+    assert ends == sorted(ends) and ends[-2] < config.run.total_images
+    if file.stem in WHOLE_FILES:
+        named = yaml.safe_load(file.read_text(encoding="utf-8"))
+        whole = config_to_dict(DistillConfig())
+        assert named.keys() == whole.keys()
+        for group, values in whole.items():
+            assert not isinstance(values, dict) or named[group].keys() == values.keys(), group
+
+
+def test_the_paper_s_settings() -> None:
+    uncond, cond, imagenet = (
+        load_config(resource_path(f"configs/{name}.yaml"), DistillConfig()) for name in WHOLE_FILES
+    )
+    for config in (uncond, cond, imagenet):
+        assert config.sigma_init == 2.5 and config.run.total_images == 300_000_000
+        assert (config.noise.law, config.noise.t_max, config.noise.rho) == ("rho", 0.8, 7.0)
+        assert (config.optimiser.beta1, config.optimiser.beta2) == (0.0, 0.999)
+        assert config.companions.learning_rate == config.optimiser.learning_rate
+        assert config.method.score_warmup_images == config.method.plain_warmup_images == 100_000
+        recipe = stages_of(config.method)[-1].recipe
+        assert recipe is not None and recipe.adversarial_weight == 1e-4 and recipe.normalise_adversarial
+    assert (uncond.run.batch, uncond.optimiser.learning_rate) == (cond.run.batch, 1e-5) == (256, 1e-5)
+    assert (imagenet.run.batch, imagenet.optimiser.learning_rate) == (8192, 4e-6)
+    assert imagenet.average.half_life_images == 4 * cond.average.half_life_images == 2_000_000
+
+
+@pytest.mark.parametrize("name", ["cifar10", "quick", "tiny"])
+def test_shipped_teachers_have_networks(name: str) -> None:
+    config = load_config(resource_path(f"configs/train_teacher_{name}.yaml"), TeacherTrainingConfig())
+    network = config.network.edm_config(resolution=32, image_channels=3, label_dim=10)
+    with torch.device("meta"):
+        EDMDenoiser(network)
+    if name == "cifar10":
+        whole, named = config_to_dict(TeacherTrainingConfig()), config_to_dict(config)
+        whole["run"]["compile"] = True
+        assert named == whole
+        assert network == dataclasses.replace(preset("cifar10-32x32-cond-vp"), augment_dim=0)
