@@ -348,3 +348,23 @@ def test_a_method_without_a_discriminator_reads_no_images(tmp_path: Path, teache
         teacher_folder, method={"method": "sid"}, data={"source": str(tmp_path / "missing.zip")}
     )
     assert distill(config, tmp_path / "run", quiet=True).is_finished
+
+
+def test_the_parts_of_a_batch_change_nothing() -> None:
+    """But for means over the samples that are seen at once; Adam's epsilon keeps rounding small here."""
+    weights = []
+    for parts in (1, 4):
+        smooth = {"epsilon": 1e-2}
+        config = distill_config(
+            None,
+            method={"divergence": "js"},
+            run={"accumulate": parts},
+            optimiser=smooth,
+            companions=smooth,
+        )
+        program = training(config)
+        for step in range(2):
+            program.step(step)
+        program.close()
+        weights.append(torch.cat([p.detach().flatten() for p in program.student.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
