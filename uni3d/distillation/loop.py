@@ -27,7 +27,7 @@ from uni3d.training.stop import StopFlag
 
 logger = logging.getLogger(__name__)
 
-# An interval in which every step was skipped has to be this long to end the run.
+# So many steps without effect, one after the other, end the run.
 _HOPELESS_STEPS = 20
 
 
@@ -200,6 +200,7 @@ class _Session:
         self._begun_s = self._reported_s = time.monotonic()
         self._reported_step = 0
         self._paused_s = 0.0
+        self._num_hopeless = 0
         self._shown: dict[str, float] = {}
 
     @property
@@ -264,10 +265,11 @@ class _Session:
                 "%d of the %d updates up to step %d were skipped: their gradients were not finite",
                 round(skipped), round(values.get("updates", num)), step,
             )  # fmt: skip
-        if num >= _HOPELESS_STEPS and skipped >= values.get("updates", num):
+        self._num_hopeless = self._num_hopeless + num if skipped >= values.get("updates", num) else 0
+        if self._num_hopeless >= _HOPELESS_STEPS:
             raise TrainingDiverged(
-                f"no gradient was finite in the {num} steps up to step {step}; resume from the last "
-                f"checkpoint with lower learning rates (--accept-changes)"
+                f"no gradient was finite in the {self._num_hopeless} steps up to step {step}; resume with "
+                f"lower learning rates (--accept-changes)"
             )
         losses = {name: value for name, value in values.items() if name.endswith("loss")}
         self._shown = {**losses, "images/s": speed}
