@@ -121,8 +121,8 @@ class RendererConfig:
     """Samples across the field's cube before empty space is pruned."""
     occupancy_interval: int = 8
     """Steps between two looks at which parts of the cube are empty."""
-    background: Literal["random", "white", "grey"] = "random"
-    """Colour behind the object while training."""
+    background: Literal["random", "greys", "white", "grey"] = "random"
+    """Colour behind the object while training: random colours, random greys, or always the same."""
 
     def __post_init__(self) -> None:
         check_schedule("renderer.resolution", self.resolution, 8.0, 2048.0)

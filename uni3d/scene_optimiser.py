@@ -28,7 +28,7 @@ from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import ConfigError
 from uni3d.losses import recipes
 from uni3d.losses.discriminator import RatioNormaliser
-from uni3d.scene.backgrounds import random_backgrounds
+from uni3d.scene.backgrounds import random_backgrounds, random_greys
 from uni3d.scene.camera import Cameras, sample_orbit_cameras
 from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.radiance_field import RadianceField
@@ -284,6 +284,8 @@ class SceneOptimiser:
     def _backgrounds(self, num: int) -> Tensor | float:
         if self.config.renderer.background == "random":
             return random_backgrounds(num, generator=self.generator).to(self.device)
+        if self.config.renderer.background == "greys":
+            return random_greys(num, generator=self.generator).to(self.device)
         return WHITE if self.config.renderer.background == "white" else GREY
 
     def _value(self, schedule: Schedule) -> float:
