@@ -143,6 +143,10 @@ class ViewBatch:
     conditioning: Tensor
     """float32 [B, 5]."""
 
+    def part(self, rows: slice) -> ViewBatch:
+        """The batch of these rows."""
+        return ViewBatch(self.images[rows], self.alpha[rows], self.token_ids[rows], self.conditioning[rows])
+
 
 def build_view_pool(
     views: Views,
