@@ -136,19 +136,22 @@ def _train_autoencoder(
         every_s=session.config.log_every_s,
         metrics_path=session.output / "metrics.jsonl" if processes.is_main else None,
     )
-    share = processes.share(config.batch_size)
     saved_s = time.monotonic()
     step, rate = first_step, 0.0
     while (progress := processes.as_main_says(clock.progress(step))[0]) < 1:
-        whole = sampler.batch(step, config.batch_size)
-        batch = whole.part(share)
         generator.manual_seed(mix_seeds(sampler.seed, -1 - step))
+        whole = sampler.batch(step, config.batch_size)
+        if progress < config.crop_share:
+            whole = whole.crops(config.crop_size, generator)
+        num = whole.images.shape[0]
+        share = processes.share(num)
+        batch = whole.part(share)
         posterior = encode(batch.images.to(session.compute_dtype)).latent_dist
-        shape = (config.batch_size, *posterior.mean.shape[1:])
+        shape = (num, *posterior.mean.shape[1:])
         noise = torch.randn(shape, device=session.device, generator=generator)[share]
         reconstruction = decode(posterior.mean + posterior.std * noise.to(posterior.mean.dtype)).sample
         loss = autoencoder_loss(reconstruction, batch, _kl(posterior.mean, posterior.logvar), config)
-        (loss * (batch.images.shape[0] / config.batch_size)).backward()
+        (loss * (batch.images.shape[0] / num)).backward()
         trainable.collect_gradients()
         processes.add_up_([master.grad for master in trainable.masters if master.grad is not None])
         rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))

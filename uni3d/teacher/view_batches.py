@@ -143,6 +143,31 @@ class ViewBatch:
     conditioning: Tensor
     """float32 [B, 5]."""
 
+    def crops(self, size: int, generator: torch.Generator) -> ViewBatch:
+        """Squares of side `size` around random pixels of the object, as many of each image as would tile it.
+
+        Prompts and cameras stay those of the whole views.
+        """
+        num, _, height, width = self.images.shape
+        each = (height // size) * (width // size)
+        images, alpha = self.images.repeat(each, 1, 1, 1), self.alpha.repeat(each, 1, 1, 1)
+        draw = torch.rand(alpha.shape, device=alpha.device, generator=generator)
+        pixel = (draw * (alpha + 1e-3)).flatten(1).argmax(dim=1)
+        jitter = torch.rand(2, num * each, device=alpha.device, generator=generator) - 0.5
+        shift = (jitter * (size // 2)).long()
+        top = (pixel // width - size // 2 + shift[0]).clamp(0, height - size)
+        left = (pixel % width - size // 2 + shift[1]).clamp(0, width - size)
+        side = torch.arange(size, device=alpha.device)
+        rows, columns = (top[:, None] + side)[:, :, None], (left[:, None] + side)[:, None, :]
+        which = torch.arange(num * each, device=alpha.device)[:, None, None]
+
+        def cut(pixels: Tensor) -> Tensor:
+            return pixels.permute(0, 2, 3, 1)[which, rows, columns].permute(0, 3, 1, 2).contiguous()
+
+        return ViewBatch(
+            cut(images), cut(alpha), self.token_ids.repeat(each, 1), self.conditioning.repeat(each, 1)
+        )
+
     def part(self, rows: slice) -> ViewBatch:
         """The batch of these rows."""
         return ViewBatch(self.images[rows], self.alpha[rows], self.token_ids[rows], self.conditioning[rows])
