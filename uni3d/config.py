@@ -101,7 +101,7 @@ class FieldConfig:
     """Half the side of the cube that the field fills; the object's longest side is 1."""
     initial_radius: float = 0.35
     """Radius of the soft ball that the density starts from."""
-    density_sharpness: Schedule = ((0.0, 1.0),)
+    density_sharpness: Schedule = ((0.0, 1.0), (0.5, 1.0), (1.0, 3.0))
     """Contrast of the density over the run: above 1 fog clears and edges take less space."""
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from uni3d.scene.encoding import HashGridEncoding, dense_corners, weighted_corne
 DEFAULT_HALF_EXTENT = 0.6
 MAX_LOG_DENSITY = 7.0  # 1,100 per scene unit: opaque within 5 mm of a unit object
 MIN_LOG_BLOB = -4.0
-SURFACE_DENSITY = 25.0  # per scene unit: half of the light passes 3 % of a unit object
+SURFACE_DENSITY = 12.0  # per scene unit: half of the light passes 6 % of a unit object
 SOFTPLUS_SCALE = 25.0  # so that raw values of a few units are as opaque as they are under exp
 
 DensityActivation = Literal["exp", "softplus"]
