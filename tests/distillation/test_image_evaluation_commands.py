@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,16 @@ import torch
 from network_folders import write_network
 from safetensors.torch import save_file
 from test_sample_command import STUDENT, run
+from torch import nn
 
 from uni3d import cli
 from uni3d.evaluation import fidelity_nets
 from uni3d.evaluation.fidelity_nets import file_checksum
 from uni3d.evaluation.fidelity_reference import read_reference
-from uni3d.evaluation.image_tower import LITE_SHAPES, EfficientNetTower
+from uni3d.evaluation.image_tower import EfficientNetTower, TowerShape
 
 NET = "efficientnet_lite0"
+SHAPE = TowerShape((8,) * 7, (1,) * 7, stem_channels=8, head_channels=8)
 DISTANCE = f"frechet_distance[{NET}]"
 
 
@@ -33,12 +36,13 @@ def scenes(num: int, seed: int) -> np.ndarray:
 def write_tower(path: Path, *, seed: int) -> None:
     """Random weights of EfficientNet-Lite0, with statistics that keep its features from fading away."""
     torch.manual_seed(seed)
-    tower = EfficientNetTower(LITE_SHAPES[0], input_size=None).train()
+    tower = EfficientNetTower(SHAPE, input_size=None).train()
     for module in tower.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the plain mean of all batches
+    shown = torch.from_numpy(scenes(16, 9)).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
-        tower.feature_map(torch.rand(16, 3, 32, 32))
+        tower.feature_map(nn.functional.interpolate(shown, (32, 32), mode="bilinear"))
     save_file({k: v for k, v in tower.state_dict().items() if not k.startswith("norm.")}, path)
 
 
@@ -55,19 +59,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _small_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network shrinks its images to 32 pixels, for speed."""
-    monkeypatch.setattr(fidelity_nets.EfficientNetLite0, "input_size", 32)
+@pytest.fixture(scope="module", autouse=True)
+def _small_network() -> Iterator[None]:
+    """The network of features is narrow and sees 32 pixels: 8 features are few beside 30 images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fidelity_nets.EfficientNetLite0, "input_size", 32)
+        patch.setitem(fidelity_nets.LITE_SHAPES, 0, SHAPE)
+        yield
 
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fidelity_nets.EfficientNetLite0, "input_size", 32)
-        words = ["reference", folder / "scenes.npz", "--images", "0-29", "--net", NET, "--quiet"]
-        words += ["--weights", folder / "lite0.safetensors", "--output", folder / "ref.npz"]
-        assert cli.main([str(word) for word in words]) == 0
+    words = ["reference", folder / "scenes.npz", "--images", "0-29", "--net", NET, "--quiet"]
+    words += ["--weights", folder / "lite0.safetensors", "--output", folder / "ref.npz"]
+    assert cli.main([str(word) for word in words]) == 0
     return folder / "ref.npz"
 
 

@@ -236,7 +236,7 @@ def settings_for(source: Mapping[str, Any], *, num_steps: int | None = None) -> 
     if student is None:
         return SamplerSettings(num_steps=num_steps or 18)
     sigma_init = student.get("sigma_init") if isinstance(student, Mapping) else None
-    if type(sigma_init) not in (int, float) or not 0 < sigma_init < math.inf:
+    if not isinstance(sigma_init, (int, float)) or not 0 < sigma_init < math.inf:
         raise UsageError("the network's config.json has a damaged 'student' entry; write the network again")
     if num_steps is not None:
         raise UsageError("the network is a one-step student; leave --steps out")
