@@ -10,6 +10,9 @@ a mean over many of its points. Every form gets the same steps, batches, random 
 Legend: V runs that train side by side (one for each seed), B batch, G grid points along an axis.
 """
 
+# pyright: reportPrivateImportUsage=false
+# torch's foreach functions, which its own optimisers are made of, have an underscore and no substitute.
+
 from __future__ import annotations
 
 import argparse
