@@ -278,7 +278,7 @@ def image_kind(path: Path) -> ImageKind | None:
     """What of images is at `path`; None for anything else, such as a mesh or the directory of a run."""
     if path.is_file():
         return "images" if path.name.lower().endswith(_ARCHIVES) else None
-    if not path.is_dir() or any(path.glob("mesh.*")):
+    if not path.is_dir() or any(path.glob("mesh.*")) or (path / "config.yaml").is_file():
         return None
     if (path / "config.json").is_file() and not (path / "dataset.json").is_file():
         return "network"

@@ -19,6 +19,7 @@ from uni3d.evaluation import fidelity_nets
 from uni3d.evaluation.fidelity_nets import file_checksum
 from uni3d.evaluation.fidelity_reference import read_reference
 from uni3d.evaluation.image_tower import EfficientNetTower, TowerShape
+from uni3d.image_evaluation_commands import image_kind, wants_images
 
 NET = "efficientnet_lite0"
 SHAPE = TowerShape((8,) * 7, (1,) * 7, stem_channels=8, head_channels=8)
@@ -187,3 +188,20 @@ def test_help_shows_both_kinds(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", "--help"]) == 0
     out = capsys.readouterr().out
     assert "--prompt" in out and "--reference" in out
+
+
+def test_what_a_source_is(folder: Path, tmp_path: Path) -> None:
+    assert image_kind(folder / "scenes.npz") == "images" and image_kind(folder / "student") == "network"
+    pictures = tmp_path / "pictures"
+    (pictures / "cat").mkdir(parents=True)
+    assert image_kind(pictures) is None
+    (pictures / "cat" / "1.png").touch()
+    assert image_kind(pictures) == "images" and wants_images([str(pictures)])
+    # The directory of a run holds pictures too, and is scored by its mesh.
+    for name in ("mesh.glb", "config.yaml"):
+        run_folder = tmp_path / name.partition(".")[0]
+        run_folder.mkdir()
+        (run_folder / "preview.png").touch()
+        (run_folder / name).touch()
+        assert image_kind(run_folder) is None and not wants_images([str(run_folder)])
+    assert wants_images(["x.glb", "--reference=r.npz"]) and not wants_images([])

@@ -135,7 +135,7 @@ class Timing:
 def time_build(build: StepBuilder, setup: StepSetup, *, num_warmup: int, num_repeats: int) -> Timing:
     """Build a step, warm it up, and time `num_repeats` of it, each on its own."""
     is_cuda = setup.device.type == "cuda"
-    _release_memory(setup.device)
+    _start_afresh(setup.device)
     started = time.monotonic()
     step = build(setup)
     for _ in range(num_warmup):
@@ -206,7 +206,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16, *, si
     return 2 * size**3 / (min(clock(multiply, 20)) / 1e3)
 
 
-def _release_memory(device: torch.device) -> None:
+def _start_afresh(device: torch.device) -> None:
+    """Drop what the last build left: memory, and compiled code, of which torch keeps only a few versions of
+    one function before it runs it uncompiled."""
+    torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
