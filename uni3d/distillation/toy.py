@@ -55,7 +55,7 @@ class ToySettings:
     """Runs that are reported."""
     num_tuning_seeds: int = 2
     """Further runs, which choose the learning rate and are not reported."""
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (2e-3, 6e-3)
     """Of the student."""
     companion_learning_rate: float = 2e-3
     """Of fake score and discriminator."""
@@ -76,9 +76,9 @@ class ToySettings:
     sigma_max: float = 8.0
     ema_decay: float = 0.995
     """Of the student that is measured."""
-    num_points: int = 50_000
+    num_points: int = 20_000
     """Of the student's, behind the measured density."""
-    num_grid: int = 160
+    num_grid: int = 120
     seed: int = 0
 
 
