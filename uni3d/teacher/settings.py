@@ -56,9 +56,10 @@ class TeacherDataConfig:
     """Standard deviation of the target colour around its word's colours, sRGB in [0, 1]."""
     flip_probability: float = 0.5
     """Mirror the image and negate the azimuth."""
-    light_background_probability: float = 0.5
-    """Background near white or light grey; any colour otherwise."""
-    gradient_background_probability: float = 0.5
+    grey_background_probability: float = 1.0
+    """Background a grey in [0.45, 1]; any colour otherwise. Backgrounds fill most of an image, and what a
+    short training learns of their colours it does not learn of objects."""
+    gradient_background_probability: float = 0.0
     """Background that runs from one colour to another instead of a plain one."""
     caption_variants: int = 12
     """Different captions per asset, drawn before training."""
@@ -81,7 +82,7 @@ class TeacherDataConfig:
                 "recolour_probability": _SHARE,
                 "recolour_jitter": _SHARE,
                 "flip_probability": _SHARE,
-                "light_background_probability": _SHARE,
+                "grey_background_probability": _SHARE,
                 "gradient_background_probability": _SHARE,
                 "caption_variants": (1, 1000),
                 "recolour_caption_variants": (1, 1000),

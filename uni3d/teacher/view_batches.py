@@ -143,6 +143,10 @@ class ViewBatch:
     conditioning: Tensor
     """float32 [B, 5]."""
 
+    def part(self, rows: slice) -> ViewBatch:
+        """The batch of these rows."""
+        return ViewBatch(self.images[rows], self.alpha[rows], self.token_ids[rows], self.conditioning[rows])
+
 
 def build_view_pool(
     views: Views,
@@ -287,7 +291,7 @@ class ViewSampler:
             size,
             rgb.shape[-2],
             rgb.shape[-1],
-            light_probability=self.config.light_background_probability,
+            grey_probability=self.config.grey_background_probability,
             gradient_probability=self.config.gradient_background_probability,
             uniform=uniform,
         )
@@ -322,7 +326,7 @@ def random_backgrounds(
     height: int,
     width: int,
     *,
-    light_probability: float,
+    grey_probability: float,
     gradient_probability: float,
     uniform: Callable[..., Tensor],
 ) -> Tensor:
@@ -330,10 +334,10 @@ def random_backgrounds(
 
     `uniform(*shape)` draws numbers in [0, 1) on the device of the result.
     """
-    light = 0.72 + 0.28 * uniform(num, 2, 1) + 0.04 * (uniform(num, 2, 3) - 0.5)
+    grey = 0.45 + 0.55 * uniform(num, 2, 1).expand(-1, -1, 3)
     coloured = uniform(num, 2, 3)
-    is_light = uniform(num, 1, 1) < light_probability
-    ends = torch.where(is_light, light, coloured)
+    is_grey = uniform(num, 1, 1) < grey_probability
+    ends = torch.where(is_grey, grey, coloured)
     is_graded = uniform(num, 1) < gradient_probability
     start, end = ends[:, 0], torch.where(is_graded, ends[:, 1], ends[:, 0])
     angle = uniform(num, 1, 1) * (2 * math.pi)
