@@ -135,3 +135,22 @@ def test_the_program_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*words, "--output", str(out)]) == 0
     assert "best linear student" in capsys.readouterr().out
     assert json.loads(out.read_text())["settings"]["num_steps"] == 1
+
+
+@pytest.mark.slow
+def test_a_detached_ratio_costs_a_linear_student_much() -> None:
+    """By about 25 standard errors in the full experiment; the smaller margins are not tested."""
+    settings = ToySettings(
+        variants=("exact", "detached"),
+        num_seeds=3,
+        num_tuning_seeds=0,
+        learning_rates=(6e-3,),
+        num_steps=500,
+        num_warmup_steps=150,
+        student_widths=(0,),
+        num_points=5000,
+    )
+    exact, detached = run_toy(settings)["chosen"]
+    gap = detached["excess_over_first"]
+    assert gap["mean"] > 0.05 and gap["mean"] > 5 * gap["standard_error"]
+    assert exact["forward_kl"]["mean"] < 0.8
