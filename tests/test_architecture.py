@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config_values",
         *PLAIN,
     },
+    "distillation": {"losses", "diffusion", "data", "training", "config", "config_values", *PLAIN},
     # The plain layer: settings and checks, standard library and YAML only.
     "errors": set(),
     "config_values": {"errors"},
@@ -68,6 +69,8 @@ COMMANDS = (
     "edm_commands",
     "teacher_commands",
     "evaluation_commands",
+    "image_evaluation_commands",
+    "sample_commands",
     "cli_parsing",
     "demo",
 )

@@ -84,6 +84,7 @@ class EDMDenoiser(nn.Module):
         *,
         augment_labels: Tensor | None = None,
         output: Literal["x0", "features"] = "x0",
+        num_decoded: int | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -95,6 +96,7 @@ class EDMDenoiser(nn.Module):
         *,
         augment_labels: Tensor | None = None,
         output: Literal["both"],
+        num_decoded: int | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
@@ -105,6 +107,7 @@ class EDMDenoiser(nn.Module):
         *,
         augment_labels: Tensor | None = None,
         output: Output = "x0",
+        num_decoded: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The x0-prediction, the encoder's output, or both from one pass.
 
@@ -152,6 +155,10 @@ class EDMDenoiser(nn.Module):
         features = hidden.float()
         if output == "features":
             return features
+        if num_decoded is not None:
+            hidden, embedding = hidden[:num_decoded], embedding[:num_decoded]
+            skips = [skip[:num_decoded] for skip in skips]
+            x, c_skip, c_out = x[:num_decoded], c_skip[:num_decoded], c_out[:num_decoded]
         x0 = c_skip * x + c_out * self.model.decode(hidden, skips, embedding).float()
         return x0 if output == "x0" else (x0, features)
 
