@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "diffusion",
         "data",
         "training",
+        "config",
         "config_loader",
         "config_values",
         *PLAIN,
@@ -78,6 +79,8 @@ COMMANDS = (
     "image_commands",
     "teacher_commands",
     "evaluation_commands",
+    "image_evaluation_commands",
+    "sample_commands",
     "cli_parsing",
     "demo",
 )

@@ -36,7 +36,9 @@ COMMANDS = (
     Command("generate", "make a textured mesh from a prompt", "uni3d.commands:generate"),
     Command("inspect", "figures of a mesh file and how it was made", "uni3d.commands:inspect"),
     Command(
-        "evaluate", "score meshes against prompts with the evaluator", "uni3d.evaluation_commands:evaluate"
+        "evaluate",
+        "score meshes or images",
+        "uni3d.evaluation_commands:evaluate",
     ),
     Command("methods", "list the guidance methods and what they cost", "uni3d.commands:methods"),
     Command("doctor", "versions, devices, weights and optional packages", "uni3d.commands:doctor"),
@@ -44,6 +46,8 @@ COMMANDS = (
     Command("import-edm", "convert a network pickle of EDM, safely", "uni3d.edm_commands:import_edm"),
     Command("train-teacher", "train an EDM image teacher", "uni3d.image_commands:train_teacher"),
     Command("distill", "distil a one-step image generator from it", "uni3d.image_commands:distill"),
+    Command("sample", "make images with a network of EDM or a student", "uni3d.sample_commands:sample"),
+    Command("reference", "measure real images for `evaluate`", "uni3d.image_evaluation_commands:reference"),
     Command("teacher render", "render a folder of 3D assets for training", "uni3d.teacher_commands:render"),
     Command("teacher train", "train a teacher on such renders", "uni3d.teacher_commands:train"),
     Command("teacher sample", "draw a grid of a teacher's samples", "uni3d.teacher_commands:sample"),

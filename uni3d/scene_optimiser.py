@@ -28,7 +28,7 @@ from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import ConfigError
 from uni3d.losses import recipes
 from uni3d.losses.discriminator import RatioNormaliser
-from uni3d.scene.backgrounds import random_backgrounds
+from uni3d.scene.backgrounds import random_backgrounds, random_greys
 from uni3d.scene.camera import Cameras, sample_orbit_cameras
 from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.radiance_field import RadianceField
@@ -69,6 +69,7 @@ class SceneOptimiser:
         self.recipe = resolve_recipe(config)
         self._build_scene()
         self._build_guidance()
+        self._follow_schedules()
 
     # ------------------------------------------------------------------ construction
 
@@ -185,7 +186,12 @@ class SceneOptimiser:
         }
         applied = self._apply(student, losses)
         self.step_index += 1
+        self._follow_schedules()
         return StepReport(values, applied)
+
+    def _follow_schedules(self) -> None:
+        """Set what of the field changes over the run and is not trained; whenever `step_index` changes."""
+        self.field.set_density_sharpness(self._value(self.config.field.density_sharpness))
 
     @property
     def _is_warming_up(self) -> bool:
@@ -284,6 +290,8 @@ class SceneOptimiser:
     def _backgrounds(self, num: int) -> Tensor | float:
         if self.config.renderer.background == "random":
             return random_backgrounds(num, generator=self.generator).to(self.device)
+        if self.config.renderer.background == "greys":
+            return random_greys(num, generator=self.generator).to(self.device)
         return WHITE if self.config.renderer.background == "white" else GREY
 
     def _value(self, schedule: Schedule) -> float:
@@ -332,6 +340,7 @@ class SceneOptimiser:
         # Last, since building the parts draws from it.
         self.generator.set_state(state["generator"])
         self.step_index = int(state["step"])
+        self._follow_schedules()
 
 
 def resolve_recipe(config: TextTo3DConfig) -> recipes.Recipe:

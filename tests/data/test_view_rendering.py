@@ -191,7 +191,7 @@ def test_a_furniture_catalogue_is_read(tmp_path: Path) -> None:
 def test_roles_are_deterministic_and_hold_out_enough() -> None:
     assets = [
         Asset(f"a/{noun}_{i}", f"{noun} {i}", noun)
-        for noun, n in (("chair", 30), ("cat", 2), ("ox", 1))
+        for noun, n in (("chair", 30), ("pot", 6), ("key", 3), ("cat", 2), ("ox", 1))
         for i in range(n)
     ]
     roles = {a.asset_id: a.role for a in assign_roles(assets)}
@@ -201,15 +201,16 @@ def test_roles_are_deterministic_and_hold_out_enough() -> None:
         counts[key.split("/")[1].split("_")[0]].append(role)
     assert counts["ox"] == ["both"]
     assert sorted(counts["cat"]) == ["evaluator", "teacher"]
-    assert counts["chair"].count("evaluator") == 10
-    assert counts["chair"].count("neither") == 3
+    assert sorted(counts["key"]) == ["evaluator", "teacher", "teacher"]
+    assert sorted(counts["pot"]) == ["evaluator"] * 3 + ["neither"] + ["teacher"] * 2
+    assert sorted(counts["chair"]) == ["evaluator"] * 14 + ["neither"] * 3 + ["teacher"] * 13
 
 
 def test_roles_select_what_is_rendered_and_loaded(tmp_path: Path) -> None:
     assets = ["procedural:vases:6"]
     render_library(assets, tmp_path / "views", settings=TINY, roles=["evaluator"], num_workers=0)
     views = load_views(tmp_path / "views", roles=["evaluator"])
-    assert len(views) == 2 * TINY.num_views
+    assert len(views) == 3 * TINY.num_views
     assert load_views(tmp_path / "views", limit=3).images.shape[0] == 3
     with pytest.raises(UsageError):
         load_views(tmp_path / "views", roles=["teacher"])

@@ -17,6 +17,7 @@ from uni3d.config_values import DIVERGENCE_NAMES
 from uni3d.diffusion import edm
 from uni3d.distillation.draws import Drawer
 from uni3d.distillation.image_batches import open_source
+from uni3d.distillation.saved_network import open_network
 from uni3d.distillation.settings import IMAGE_METHODS, DistillConfig
 from uni3d.distillation.student_training import StudentTraining, distill
 from uni3d.distillation.teacher_training import TeacherTraining, train_teacher
@@ -170,11 +171,10 @@ def test_a_run_leaves_its_files(tmp_path: Path, teacher_folder: Path) -> None:
     config, source = edm.read_description(result.network)
     assert config == edm.read_description(teacher_folder)[0]
     assert source["images_seen"] == 24 and source["ema_half_life_images"] == 16
-    assert (source["method"], source["divergence"], source["sigma_init"]) == (
-        "uni_instruct",
-        "forward_kl",
-        2.5,
-    )
+    student = {"sigma_init": 2.5, "method": "uni_instruct", "divergence": "forward_kl"}
+    assert source["student"] == student and source["ema"] == "half-life 16 images, ramp-up 0.5"
+    opened = open_network(result.network)
+    assert opened.settings.sigma_init == 2.5 and opened.settings.num_steps is None
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["skipped"] == 0
     assert (tmp_path / "run" / "grids" / "step_00000003.png").is_file()

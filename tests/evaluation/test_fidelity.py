@@ -38,7 +38,7 @@ from uni3d.evaluation.fidelity_nets import (
     network_output,
 )
 from uni3d.evaluation.fidelity_reference import read_reference, write_reference
-from uni3d.evaluation.image_tower import EfficientNetTower
+from uni3d.evaluation.image_tower import LITE_SHAPES, EfficientNetTower
 
 SETTINGS = FidelitySettings(num_subsets=10, subset_size=50)
 
@@ -284,9 +284,7 @@ def test_more_refused_references(tmp_path: Path) -> None:
 def lite0_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of the shape of EfficientNet-Lite0."""
     torch.manual_seed(0)
-    tower = EfficientNetTower(
-        stage_channels=(16, 24, 40, 80, 112, 192, 320), stage_blocks=(1, 2, 2, 3, 3, 4, 1), input_size=None
-    )
+    tower = EfficientNetTower(LITE_SHAPES[0], input_size=None)
     path = tmp_path_factory.mktemp("lite0") / "lite0.safetensors"
     save_file({k: v for k, v in tower.state_dict().items() if not k.startswith("norm.")}, path)
     return path

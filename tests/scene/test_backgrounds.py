@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from uni3d.scene.backgrounds import random_backgrounds, random_gradients
+from uni3d.scene.backgrounds import random_backgrounds, random_gradients, random_greys
 
 
 def test_plain_colours() -> None:
@@ -15,6 +15,12 @@ def test_plain_colours() -> None:
     assert 0.5 < is_grey.float().mean() < 0.7
     assert colours[is_grey].min() >= 0.85
     assert torch.equal(colours, random_backgrounds(500, generator=torch.Generator().manual_seed(0)))
+
+
+def test_greys_have_no_colour() -> None:
+    greys = random_greys(300, generator=torch.Generator().manual_seed(1))
+    assert greys.shape == (300, 3) and torch.equal(greys, greys[:, :1].expand(-1, 3))
+    assert 0.45 <= greys.min() < 0.5 and 0.95 < greys.max() <= 1
 
 
 def test_gradients_run_between_two_colours() -> None:

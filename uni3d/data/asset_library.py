@@ -295,8 +295,9 @@ def _order_key(asset: Asset) -> str:
 def assign_roles(assets: list[Asset]) -> list[Asset]:
     """Give every asset its role, by the hash of its id within its noun (procedural assets apart).
 
-    A noun with one asset serves both models. Otherwise a third (at least one) trains the evaluator alone, a
-    tenth (at least one from five assets on) trains neither, and the rest trains the teacher.
+    A noun with one asset serves both models. Otherwise a tenth (at least one from five assets on) trains
+    neither, and the rest is shared in halves: what names objects needs as many different ones as what draws
+    them. An odd one goes to the teacher of up to four assets, else to the evaluator.
     """
     groups: dict[tuple[str, bool], list[Asset]] = defaultdict(list)
     for asset in assets:
@@ -304,8 +305,9 @@ def assign_roles(assets: list[Asset]) -> list[Asset]:
     role_of: dict[str, Role] = {}
     for group in groups.values():
         num = len(group)
-        num_evaluator = max(1, round(num / 3)) if num > 1 else 0
         num_neither = max(1, round(num / 10)) if num >= 5 else 0
+        num_shared = num - num_neither
+        num_evaluator = num_shared // 2 if num < 5 else -(-num_shared // 2)
         for rank, asset in enumerate(sorted(group, key=_order_key)):
             if num == 1:
                 role: Role = "both"

@@ -93,6 +93,7 @@ def read_network(folder: str | Path, *, title: str) -> tuple[EDMConfig, EDMDenoi
 def average_facts(config: AverageConfig, images: int) -> dict[str, Any]:
     """What a published network says of its average."""
     return {
+        "ema": f"half-life {config.half_life_images:g} images, ramp-up {config.ramp_up:g}",
         "images_seen": images,
         "ema_half_life_images": config.half_life_images,
         "ema_ramp_up": config.ramp_up,

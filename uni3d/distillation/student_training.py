@@ -344,11 +344,13 @@ class StudentTraining:
     def publish(self, folder: Path, *, images: int) -> Path:
         recipe = self.stages[-1].recipe
         assert recipe is not None
-        source = {
+        source: dict[str, Any] = {
             "program": "uni3d distill",
-            "method": recipe.name,
-            "divergence": recipe.divergence.name,
-            "sigma_init": self.config.sigma_init,
+            "student": {
+                "sigma_init": self.config.sigma_init,
+                "method": recipe.name,
+                "divergence": recipe.divergence.name,
+            },
             "teacher": self.config.teacher,
             "teacher_sha256": self.teacher_digest,
         }

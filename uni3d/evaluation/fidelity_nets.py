@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from uni3d.errors import MissingPackageError, UsageError
-from uni3d.evaluation.image_tower import EfficientNetTower, start_from
+from uni3d.evaluation.image_tower import LITE_SHAPES, EfficientNetTower, start_from
 
 INCEPTION = "inception_v3"
 EFFICIENTNET_LITE0 = "efficientnet_lite0"
@@ -28,8 +28,6 @@ EFFICIENTNET_LITE0 = "efficientnet_lite0"
 # pt_inception-2015-12-05-6726825d.pth: the network of the TensorFlow graph that FID was defined with.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _MAX_INCEPTION_BYTES = 2**30
-_LITE0_CHANNELS = (16, 24, 40, 80, 112, 192, 320)
-_LITE0_BLOCKS = (1, 2, 2, 3, 3, 4, 1)
 _LITE0_SIZE = 224
 
 
@@ -122,9 +120,7 @@ class EfficientNetLite0:
     value_range = (0.0, 1.0)
 
     def __init__(self, path: str | Path, *, device: torch.device | str = "cpu") -> None:
-        tower = EfficientNetTower(
-            stage_channels=_LITE0_CHANNELS, stage_blocks=_LITE0_BLOCKS, input_size=None
-        )  # fmt: skip
+        tower = EfficientNetTower(LITE_SHAPES[0], input_size=None)
         start_from(tower, Path(path), title="feature network")
         self.checksum = file_checksum(Path(path))
         self.num_features = tower.num_features

@@ -215,7 +215,8 @@ def evaluate_teacher(
         "per_view": _group_means(stacked["view"], [caption.view for caption in captions]),
         "per_source": _group_means(stacked["noun"], [caption.source for caption in captions]),
         "captions": [
-            asdict(caption) | {name: float(values[:, index].mean()) for name, values in stacked.items()}
+            asdict(caption)
+            | {"right": {name: float(values[:, index].mean()) for name, values in stacked.items()}}
             for index, caption in enumerate(captions)
         ],
     }

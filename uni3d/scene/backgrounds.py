@@ -20,6 +20,11 @@ def random_backgrounds(num: int, *, generator: torch.Generator | None = None, li
     return torch.where(is_light, grey.expand(num, 3), colour)
 
 
+def random_greys(num: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """Plain greys [num, 3] in [0.45, 1]: what a teacher knows that never saw a coloured background."""
+    return (0.45 + 0.55 * torch.rand(num, 1, generator=generator)).expand(num, 3)
+
+
 def random_gradients(
     num: int, height: int, width: int, *, generator: torch.Generator | None = None
 ) -> Tensor:

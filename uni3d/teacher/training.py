@@ -165,14 +165,9 @@ def _train(
             initial_teacher=initial_teacher,
         )
         del views
-        autoencoder, autoencoder_metrics = None, {}
-        if processes.is_main:
-            autoencoder, autoencoder_metrics = autoencoder_phase(session, resume)
-        if not processes.as_main_says(autoencoder is not None)[0]:
+        autoencoder, autoencoder_metrics = autoencoder_phase(session, resume)
+        if autoencoder is None:
             return TrainingResult(False, 0, None, autoencoder_metrics)
-        if autoencoder is None:  # the first process has trained it
-            autoencoder, autoencoder_metrics = autoencoder_phase(session, "auto")
-        assert autoencoder is not None
         is_finished, step, metrics = denoiser_phase(session, autoencoder, autoencoder_metrics, resume)
     is_published = publish and processes.is_main
     folder = publish_teacher(output / "compact", output / "teacher") if is_published else None

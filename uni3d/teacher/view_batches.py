@@ -144,6 +144,35 @@ class ViewBatch:
     conditioning: Tensor
     """float32 [B, 5]."""
 
+    def crops(self, size: int, generator: torch.Generator) -> ViewBatch:
+        """Squares of side `size` around random pixels of the object, as many of each image as would tile it.
+
+        Prompts and cameras stay those of the whole views.
+        """
+        num, _, height, width = self.images.shape
+        each = (height // size) * (width // size)
+        images, alpha = self.images.repeat(each, 1, 1, 1), self.alpha.repeat(each, 1, 1, 1)
+        draw = torch.rand(alpha.shape, device=alpha.device, generator=generator)
+        pixel = (draw * (alpha + 1e-3)).flatten(1).argmax(dim=1)
+        jitter = torch.rand(2, num * each, device=alpha.device, generator=generator) - 0.5
+        shift = (jitter * (size // 2)).long()
+        top = (pixel // width - size // 2 + shift[0]).clamp(0, height - size)
+        left = (pixel % width - size // 2 + shift[1]).clamp(0, width - size)
+        side = torch.arange(size, device=alpha.device)
+        rows, columns = (top[:, None] + side)[:, :, None], (left[:, None] + side)[:, None, :]
+        which = torch.arange(num * each, device=alpha.device)[:, None, None]
+
+        def cut(pixels: Tensor) -> Tensor:
+            return pixels.permute(0, 2, 3, 1)[which, rows, columns].permute(0, 3, 1, 2).contiguous()
+
+        return ViewBatch(
+            cut(images), cut(alpha), self.token_ids.repeat(each, 1), self.conditioning.repeat(each, 1)
+        )
+
+    def part(self, rows: slice) -> ViewBatch:
+        """The batch of these rows."""
+        return ViewBatch(self.images[rows], self.alpha[rows], self.token_ids[rows], self.conditioning[rows])
+
 
 def build_view_pool(
     views: Views,
@@ -288,7 +317,7 @@ class ViewSampler:
             size,
             rgb.shape[-2],
             rgb.shape[-1],
-            light_probability=self.config.light_background_probability,
+            grey_probability=self.config.grey_background_probability,
             gradient_probability=self.config.gradient_background_probability,
             uniform=uniform,
         )
@@ -323,7 +352,7 @@ def random_backgrounds(
     height: int,
     width: int,
     *,
-    light_probability: float,
+    grey_probability: float,
     gradient_probability: float,
     uniform: Callable[..., Tensor],
 ) -> Tensor:
@@ -331,10 +360,10 @@ def random_backgrounds(
 
     `uniform(*shape)` draws numbers in [0, 1) on the device of the result.
     """
-    light = 0.72 + 0.28 * uniform(num, 2, 1) + 0.04 * (uniform(num, 2, 3) - 0.5)
+    grey = 0.45 + 0.55 * uniform(num, 2, 1).expand(-1, -1, 3)
     coloured = uniform(num, 2, 3)
-    is_light = uniform(num, 1, 1) < light_probability
-    ends = torch.where(is_light, light, coloured)
+    is_grey = uniform(num, 1, 1) < grey_probability
+    ends = torch.where(is_grey, grey, coloured)
     is_graded = uniform(num, 1) < gradient_probability
     start, end = ends[:, 0], torch.where(is_graded, ends[:, 1], ends[:, 0])
     angle = uniform(num, 1, 1) * (2 * math.pi)
