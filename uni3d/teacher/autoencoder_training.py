@@ -143,7 +143,7 @@ def _train_autoencoder(
         generator.manual_seed(mix_seeds(sampler.seed, -1 - step))
         whole = sampler.batch(step, config.batch_size)
         if progress < config.crop_share:
-            whole = whole.crops(config.crop_size, generator)
+            whole = whole.crops(config.crop_side, generator)
         num = whole.images.shape[0]
         share = processes.share(num)
         batch = whole.part(share)

@@ -110,8 +110,9 @@ class AutoencoderConfig:
     """Length of the run; None trains `planned_steps` steps."""
     planned_steps: int = 4000
     gradient_clip: float = 1.0
-    crop_size: int = 64
-    """Side of the squares around object pixels that are trained on first: most of an image is background."""
+    crop_size: int | None = None
+    """Side of the squares around object pixels that are trained on first, because most of an image is
+    background; None takes half an image's, where the halvings allow it."""
     crop_share: float = 0.6
     """Share of the run on such squares, as many of them as fill the images of a batch; then whole images."""
     foreground_weight: float = 6.0
@@ -163,11 +164,18 @@ class AutoencoderConfig:
                 f"autoencoder.image_size is {self.image_size}; expected a multiple of {2**halvings}, because "
                 f"{len(self.block_out_channels)} block_out_channels halve it {halvings} times"
             )
-        if self.image_size % self.crop_size or self.crop_size % 2**halvings:
+        if self.crop_size and (self.image_size % self.crop_size or self.crop_size % 2**halvings):
             raise ConfigError(
                 f"autoencoder.crop_size is {self.crop_size}; expected a multiple of {2**halvings} that "
                 f"divides image_size ({self.image_size})"
             )
+
+    @property
+    def crop_side(self) -> int:
+        """Side of the squares, the default worked out."""
+        half = self.image_size // 2
+        fits = half % 2 ** (len(self.block_out_channels) - 1) == 0
+        return self.crop_size or (half if fits else self.image_size)
 
 
 @dataclass(frozen=True)
