@@ -45,6 +45,20 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config_values",
         *PLAIN,
     },
+    # The server takes the plain layer alone; what its worker process runs is imported inside functions.
+    "web": {
+        "config",
+        "config_loader",
+        "config_values",
+        "presets",
+        "prompts",
+        "text_to_3d",
+        "scene.camera",
+        "__version__",
+        "outputs",
+        *PLAIN,
+        *ATOMIC_WRITE,
+    },
     # The plain layer: settings and checks, standard library and YAML only.
     "errors": set(),
     "config_values": {"errors"},
