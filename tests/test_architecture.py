@@ -83,7 +83,6 @@ COMMANDS = (
     "teacher_commands",
     "evaluation_commands",
     "cli_parsing",
-    "demo",
 )
 PLAIN_LAYER = {
     "cli",
