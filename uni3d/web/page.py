@@ -83,9 +83,9 @@ class Desk:
 
     def panel(self, job_id: str, seen: str, visitor: str) -> list[Any]:
         """Values for the outputs of a panel: what has changed since `seen`."""
-        job = self.store.find(job_id, visitor) if job_id else None
+        job = self.find(job_id, visitor)
         position = self.store.position(job) if job is not None and job.state == "queued" else 0
-        now = _mark(job, position)
+        now, seen = _mark(job, position), _text(seen)
         if now == seen:
             return [gr.skip()] * 6
         had_model, has_model = seen.endswith("/done"), now.endswith("/done")
@@ -106,8 +106,17 @@ class Desk:
 
     def is_waiting(self, job_id: str, visitor: str) -> bool:
         """Whether there will be news of the job."""
-        job = self.store.find(job_id, visitor) if job_id else None
+        job = self.find(job_id, visitor)
         return job is not None and not job.is_finished
+
+    def find(self, job_id: Any, visitor: str) -> Job | None:
+        """The job of this visitor that a page names, whatever a request has put in that place."""
+        return self.store.find(job_id, visitor) if isinstance(job_id, str) and job_id else None
+
+    def cancel(self, job_id: Any, visitor: str) -> None:
+        """Cancel the job of this visitor that a page names."""
+        if (job := self.find(job_id, visitor)) is not None:
+            self.store.cancel(job.id, visitor)
 
 
 def _mark(job: Job | None, position: int) -> str:
@@ -237,16 +246,30 @@ def _read_form(
     is_random: bool,
     quality: str,
 ) -> Order:
-    chosen = random.SystemRandom().randint(0, MAX_SEED_ON_PAGE) if is_random else int(seed or 0)
+    chosen = random.SystemRandom().randint(0, MAX_SEED_ON_PAGE) if is_random else _seed(seed)
     return Order(
-        prompt=prompt,
-        negative_prompt=negative,
-        method=method,
-        divergence=None if divergence == OWN_DIVERGENCE else divergence,
-        teacher=teacher,
+        prompt=_text(prompt),
+        negative_prompt=_text(negative),
+        method=_text(method),
+        divergence=None if divergence in (OWN_DIVERGENCE, None) else _text(divergence),
+        teacher=_text(teacher),
         seed=chosen,
-        quality=quality,
+        quality=_text(quality),
     )
+
+
+def _text(value: Any) -> str:
+    """A text field of a request, which may hold anything that JSON can say; an empty one is null."""
+    if value is not None and not isinstance(value, str):
+        raise gr.Error("a text was expected", print_exception=False)
+    return value or ""
+
+
+def _seed(value: Any) -> int:
+    """A whole number of a request; -1, which is refused later, for what is none."""
+    if value is None:
+        return 0
+    return int(value) if isinstance(value, int | float) and abs(value) < 2**62 else -1
 
 
 def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
@@ -257,8 +280,11 @@ def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
             with gr.Row():
                 start = gr.Button("Generate", variant="primary", elem_id="generate")
                 cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
+            place = gr.Column()
         with gr.Column(scale=6, min_width=300):
             panel = _build_panel("create")
+    with place:
+        _build_examples(form, panel, examples)
     timer = gr.Timer(POLL_INTERVAL_S, active=False)
 
     def followed(visitor: str, job_id: str, seen: str) -> list[Any]:
@@ -290,7 +316,7 @@ def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
 
     def cancel_job(job_id: str, seen: str, request: gr.Request) -> list[Any]:
         visitor = desk.visitor(request)
-        desk.store.cancel(job_id, visitor)
+        desk.cancel(job_id, visitor)
         return followed(visitor, job_id, seen)
 
     def opened(quality: str, method: str, request: gr.Request) -> list[Any]:
@@ -326,18 +352,19 @@ def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
         api_visibility="private",
         **quiet,
     )
-    _build_examples(form, panel, examples)
 
 
 def _build_examples(form: OrderForm, panel: Panel, examples: list[Example]) -> None:
     """Finished results at a click, or prompts where this installation has no results."""
     if not examples:
-        gr.Examples([[prompt] for prompt in example_prompts()], form.prompt, label="For example")
+        gr.Examples(
+            [[prompt] for prompt in example_prompts()], form.prompt, label="For example", examples_per_page=12
+        )
         return
     gallery = gr.Gallery(
         [(str(example.folder / "preview.png"), example.order.prompt) for example in examples],
         label="Finished examples",
-        columns=4,
+        columns=3,
         height="auto",
         allow_preview=False,
         object_fit="contain",
@@ -407,7 +434,13 @@ def _build_compare(page: Any, desk: Desk) -> None:
         pair = secrets.token_urlsafe(24)
         jobs: list[Job] = []
         for method in (left, right):
-            order = Order(prompt=prompt, method=method, seed=int(seed or 0), quality=quality, teacher=teacher)
+            order = Order(
+                prompt=_text(prompt),
+                method=_text(method),
+                seed=_seed(seed),
+                quality=_text(quality),
+                teacher=teacher,
+            )
             try:
                 jobs.append(desk.order(visitor, order, pair))
             except gr.Error:
@@ -426,7 +459,7 @@ def _build_compare(page: Any, desk: Desk) -> None:
     ) -> list[Any]:
         visitor = desk.visitor(request)
         for job_id in (first, second):
-            desk.store.cancel(job_id, visitor)
+            desk.cancel(job_id, visitor)
         return followed(visitor, first, first_seen, second, second_seen)
 
     def opened(request: gr.Request) -> list[Any]:

@@ -15,9 +15,13 @@ CSS = """
 .u3-status {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px 14px;}
 .u3-status p {margin: 0; color: var(--body-text-color);}
 .u3-status .u3-small, .u3-small {color: var(--body-text-color-subdued); font-size: 0.9em;}
-.u3-status progress {width: 100%; height: 12px; margin: 8px 0 4px; accent-color: var(--primary-500);}
+.u3-status progress {width: 100%; height: 10px; margin: 8px 0 4px; appearance: none; border: 0;
+  border-radius: 5px; overflow: hidden; background: var(--border-color-primary);}
+.u3-status progress::-webkit-progress-bar {background: var(--border-color-primary);}
+.u3-status progress::-webkit-progress-value {background: var(--primary-500);}
+.u3-status progress::-moz-progress-bar {background: var(--primary-500);}
 .u3-status.failed {border-color: #c62828;}
-.u3-views {width: 100%; border-radius: 8px; display: block; background: #f2f2f2;}
+.u3-views {width: 100%; max-height: 420px; object-fit: contain; border-radius: 8px; display: block; background: #f2f2f2;}
 .u3-result video {width: 100%; max-height: 360px; border-radius: 8px; background: #ededed;}
 .u3-links {display: flex; flex-wrap: wrap; gap: 8px; margin: 12px 0;}
 .u3-links a {padding: 9px 14px; border-radius: 8px; text-decoration: none; font-weight: 600;
@@ -28,7 +32,8 @@ CSS = """
 .u3-links a:hover {filter: brightness(0.95);}
 .u3-links a:focus-visible, .u3-card:focus-visible {outline: 3px solid var(--primary-500);
   outline-offset: 2px;}
-.u3-result table {border-collapse: collapse; margin: 4px 0 12px; width: 100%;}
+.u3-result table {border-collapse: collapse; margin: 4px 0 12px; width: 100%; border: 0 !important;}
+.u3-result tr {border: 0 !important;}
 .u3-result td {padding: 4px 10px 4px 0; border: 0; border-bottom: 1px solid var(--border-color-primary);
   color: var(--body-text-color);}
 .u3-result pre {white-space: pre-wrap; overflow-wrap: anywhere; padding: 10px; border-radius: 8px;
