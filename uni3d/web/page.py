@@ -92,9 +92,9 @@ class Desk:
         model: Any = gr.skip()
         if job is not None and has_model:
             file = self.store.folder(job.id) / "mesh.glb"
-            model = gr.Model3D(str(file), visible=True) if file.is_file() else gr.skip()
+            model = str(file) if file.is_file() else None
         elif had_model or not seen:
-            model = gr.Model3D(None, visible=False)
+            model = None
         return [
             "" if job is None else job.id,
             now,
@@ -159,12 +159,12 @@ def _build_panel(name: str) -> Panel:
     status = gr.HTML(views.status_html(None), elem_id=f"{name}-status")
     preview = gr.HTML("", elem_id=f"{name}-preview")
     model = gr.Model3D(
-        label="Mesh: drag to turn, scroll to come closer",
+        label="Mesh (drag to turn)",
         display_mode="solid",
         clear_color=(0.93, 0.93, 0.93, 1.0),
         interactive=False,
-        visible=False,
         height=380,
+        elem_classes="u3-model",
         elem_id=f"{name}-model",
     )
     result = gr.HTML("", elem_id=f"{name}-result")
@@ -274,14 +274,14 @@ def _seed(value: Any) -> int:
 
 def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
     with gr.Row(equal_height=False):
-        with gr.Column(scale=4, min_width=300):
+        with gr.Column(scale=4, min_width=300, elem_classes="u3-left"):
             form = _build_form(desk)
             estimate = gr.Markdown(elem_classes="u3-small")
             with gr.Row():
                 start = gr.Button("Generate", variant="primary", elem_id="generate")
                 cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
-            place = gr.Column()
-        with gr.Column(scale=6, min_width=300):
+            place = gr.Column(elem_classes="u3-examples")
+        with gr.Column(scale=6, min_width=300, elem_classes="u3-shown"):
             panel = _build_panel("create")
     with place:
         _build_examples(form, panel, examples)
@@ -327,7 +327,18 @@ def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
             wanted = latest[0].id if latest and not latest[0].is_finished else ""
         elif desk.store.find(wanted, visitor) is None:
             gr.Warning("there is no such job of this browser; it may have been removed to make room")
-        return [views.estimate_text(desk.store, quality, method), *followed(visitor, wanted, "")]
+        job = desk.find(wanted, visitor)
+        if job is None:
+            filled: list[Any] = [gr.skip()] * len(form.fields)
+        else:
+            divergence = job.divergence or OWN_DIVERGENCE
+            filled = [job.prompt, job.negative_prompt, job.method, divergence, job.teacher]
+            filled += [job.seed, gr.skip(), job.quality]
+        return [
+            views.estimate_text(desk.store, quality, method),
+            *filled,
+            *followed(visitor, wanted, ""),
+        ]
 
     def estimated(quality: str, method: str) -> str:
         return views.estimate_text(desk.store, quality, method)
@@ -343,7 +354,13 @@ def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
     ).success(None, panel.job_id, None, js=SHOW_IN_ADDRESS)
     timer.tick(progress, panel.inputs, followers, api_name="progress", **quiet)
     cancel.click(cancel_job, panel.inputs, followers, api_name="cancel", **quiet)
-    page.load(opened, [form.quality, form.method], [estimate, *followers], api_name="opened", **quiet)
+    page.load(
+        opened,
+        [form.quality, form.method],
+        [estimate, *form.fields, *followers],
+        api_name="opened",
+        **quiet,
+    )
     gr.on(
         [form.quality.change, form.method.change, panel.result.change],
         estimated,
@@ -385,7 +402,7 @@ def _build_examples(form: OrderForm, panel: Panel, examples: list[Example]) -> N
             "example",
             f'<div class="u3-status"><p role="status">{text}</p></div>',
             "",
-            gr.Model3D(str(example.folder / "mesh.glb"), visible=True),
+            str(example.folder / "mesh.glb"),
             "",
         ]
 

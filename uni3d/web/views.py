@@ -21,7 +21,8 @@ CSS = """
 .u3-status progress::-webkit-progress-value {background: var(--primary-500);}
 .u3-status progress::-moz-progress-bar {background: var(--primary-500);}
 .u3-status.failed {border-color: #c62828;}
-.u3-views {width: 100%; max-height: 420px; object-fit: contain; border-radius: 8px; display: block; background: #f2f2f2;}
+.u3-views {width: 100%; max-height: 420px; object-fit: contain; display: block;
+  border-radius: 8px; background: #f2f2f2;}
 .u3-result video {width: 100%; max-height: 360px; border-radius: 8px; background: #ededed;}
 .u3-links {display: flex; flex-wrap: wrap; gap: 8px; margin: 12px 0;}
 .u3-links a {padding: 9px 14px; border-radius: 8px; text-decoration: none; font-weight: 600;
@@ -39,6 +40,13 @@ CSS = """
 .u3-result pre {white-space: pre-wrap; overflow-wrap: anywhere; padding: 10px; border-radius: 8px;
   background: var(--background-fill-secondary); color: var(--body-text-color); font-size: 0.85em;}
 .u3-result summary {cursor: pointer; margin: 8px 0; color: var(--body-text-color);}
+/* The viewer stays blank if it is made visible later: it is there, unseen, until it has a mesh. */
+.u3-model:not(:has(canvas)) {display: none !important;}
+@media (max-width: 700px) {
+  .u3-left {display: contents !important;}
+  .u3-shown {order: 1;}
+  .u3-examples {order: 2;}
+}
 .u3-cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px;}
 .u3-card {border: 1px solid var(--border-color-primary); border-radius: 8px; overflow: hidden; display: block;
   text-decoration: none; background: var(--background-fill-primary);}
@@ -68,7 +76,7 @@ def estimate_text(store: JobStore, quality: str, method: str) -> str:
 def status_html(job: Job | None, position: int = 0) -> str:
     """One box: what happens, how far it is, how long it will take."""
     if job is None:
-        return _box("", "Nothing is running. Say what to make, then press Generate.")
+        return _box("", "Nothing here yet. Say what to make, then start.")
     if job.state == "queued":
         where = "Next in line." if position == 0 else f"Waiting: {_count(position, 'job')} before this one."
         resumed = "" if job.num_starts == 0 else f" It goes on near step {job.step}."
