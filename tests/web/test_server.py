@@ -77,8 +77,10 @@ def test_bad_orders_are_refused_and_odd_ones_do_no_harm(served: Served) -> None:
         with pytest.raises(RuntimeError):
             visitor.submit(prompt, method, seed)
     for odd in (None, [], {"path": "/etc/passwd"}, 1e999, {"a": "b" * 10_000}, True):
-        with pytest.raises(RuntimeError):
-            visitor.call("submit", odd, odd, odd, odd, odd, odd, False, odd)
+        try:
+            assert "u3-notice" in visitor.call("submit", odd, odd, odd, odd, odd, odd, False, odd)[0]
+        except RuntimeError:
+            continue  # gradio itself refuses what the component cannot hold
     job = visitor.submit("<script>alert(1)</script> '\"&")
     gallery = visitor.call("gallery")[0]
     assert "<script>" not in gallery and "&lt;script&gt;" in gallery

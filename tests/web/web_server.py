@@ -127,7 +127,10 @@ class Visitor:
     def submit(self, prompt: str, method: str = "sds", seed: int = 0, **fields: Any) -> str:
         """Order a mesh; returns the id of the job."""
         quality = fields.get("quality", "draft")
-        return self.call("submit", prompt, "", method, None, "embedded", seed, False, quality)[1]
+        answer = self.call("submit", prompt, "", method, None, "embedded", seed, False, quality)
+        if answer[0]:
+            raise RuntimeError(answer[0])
+        return answer[2]
 
     def status(self, job_id: str) -> str:
         """The words of the status box, without the tags."""

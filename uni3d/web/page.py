@@ -73,19 +73,40 @@ class Desk:
         return visitor
 
     def order(self, visitor: str, order: Order, pair: str | None = None) -> Job:
-        """Check an order and put it in line; what is wrong with it becomes a message on the page."""
-        try:
-            job = self.store.submit(check_order(order, self.store.settings), visitor, pair=pair)
-        except Uni3DError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        """Check an order and put it in line; UsageError for what is wrong with it."""
+        job = self.store.submit(check_order(order, self.store.settings), visitor, pair=pair)
         self.queue.add(job.id)
         return job
+
+    def order_two(
+        self, visitor: str, prompt: Any, seed: Any, methods: tuple[Any, Any], quality: Any
+    ) -> list[Job]:
+        """Order the same by two methods: both or, with UsageError, neither."""
+        if methods[0] == methods[1]:
+            raise UsageError("both methods are the same; choose two")
+        pair = secrets.token_urlsafe(24)
+        jobs: list[Job] = []
+        try:
+            for method in methods:
+                order = Order(
+                    prompt=_text(prompt),
+                    method=_text(method),
+                    seed=_seed(seed),
+                    quality=_text(quality),
+                    teacher=next(iter(self.store.settings.teachers)),
+                )
+                jobs.append(self.order(visitor, order, pair))
+        except Uni3DError:
+            for job in jobs:
+                self.store.cancel(job.id, visitor)
+            raise
+        return jobs
 
     def panel(self, job_id: str, seen: str, visitor: str) -> list[Any]:
         """Values for the outputs of a panel: what has changed since `seen`."""
         job = self.find(job_id, visitor)
         position = self.store.position(job) if job is not None and job.state == "queued" else 0
-        now, seen = _mark(job, position), _text(seen)
+        now, seen = _mark(job, position), str(seen or "")
         if now == seen:
             return [gr.skip()] * 6
         had_model, has_model = seen.endswith("/done"), now.endswith("/done")
@@ -261,7 +282,7 @@ def _read_form(
 def _text(value: Any) -> str:
     """A text field of a request, which may hold anything that JSON can say; an empty one is null."""
     if value is not None and not isinstance(value, str):
-        raise gr.Error("a text was expected", print_exception=False)
+        raise UsageError("a field of the page held something that is no text; reload the page")
     return value or ""
 
 
@@ -280,6 +301,7 @@ def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
             with gr.Row():
                 start = gr.Button("Generate", variant="primary", elem_id="generate")
                 cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
+            notice = gr.HTML("", elem_id="notice")
             place = gr.Column(elem_classes="u3-examples")
         with gr.Column(scale=6, min_width=300, elem_classes="u3-shown"):
             panel = _build_panel("create")
@@ -307,9 +329,12 @@ def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
         request: gr.Request,
     ) -> list[Any]:
         visitor = desk.visitor(request)
-        order = _read_form(prompt, negative, method, divergence, teacher, seed, is_random, quality)
-        job = desk.order(visitor, order)
-        return [job.seed, *followed(visitor, job.id, "")]
+        try:
+            order = _read_form(prompt, negative, method, divergence, teacher, seed, is_random, quality)
+            job = desk.order(visitor, order)
+        except Uni3DError as error:
+            return [views.notice_html(str(error)), *[gr.skip()] * (1 + len(followers))]
+        return ["", job.seed, *followed(visitor, job.id, "")]
 
     def progress(job_id: str, seen: str, request: gr.Request) -> list[Any]:
         return followed(desk.visitor(request), job_id, seen)
@@ -321,12 +346,12 @@ def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
 
     def opened(quality: str, method: str, request: gr.Request) -> list[Any]:
         visitor = desk.visitor(request)
-        wanted = str(request.query_params.get("job", ""))
+        wanted, missing = str(request.query_params.get("job", "")), ""
         if not wanted:
             latest = [job for job in desk.store.jobs_of(visitor, limit=20) if job.pair is None]
             wanted = latest[0].id if latest and not latest[0].is_finished else ""
         elif desk.store.find(wanted, visitor) is None:
-            gr.Warning("there is no such job of this browser; it may have been removed to make room")
+            missing = "there is no such job in this browser; it may have been removed to make room"
         job = desk.find(wanted, visitor)
         if job is None:
             filled: list[Any] = [gr.skip()] * len(form.fields)
@@ -335,6 +360,7 @@ def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
             filled = [job.prompt, job.negative_prompt, job.method, divergence, job.teacher]
             filled += [job.seed, gr.skip(), job.quality]
         return [
+            views.notice_html(missing),
             views.estimate_text(desk.store, quality, method),
             *filled,
             *followed(visitor, wanted, ""),
@@ -348,7 +374,7 @@ def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
         [start.click, form.prompt.submit],
         submit,
         form.fields,
-        [form.seed, *followers],
+        [notice, form.seed, *followers],
         queue=False,
         api_name="submit",
     ).success(None, panel.job_id, None, js=SHOW_IN_ADDRESS)
@@ -357,7 +383,7 @@ def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
     page.load(
         opened,
         [form.quality, form.method],
-        [estimate, *form.fields, *followers],
+        [notice, estimate, *form.fields, *followers],
         api_name="opened",
         **quiet,
     )
@@ -423,6 +449,7 @@ def _build_compare(page: Any, desk: Desk) -> None:
     with gr.Row():
         start = gr.Button("Compare", variant="primary", elem_id="compare")
         cancel = gr.Button("Cancel both", variant="stop", interactive=False)
+    notice = gr.HTML("", elem_id="compare-notice")
     with gr.Row(equal_height=False):
         panels = []
         for name in ("left", "right"):
@@ -445,26 +472,11 @@ def _build_compare(page: Any, desk: Desk) -> None:
         prompt: str, seed: float | None, left: str, right: str, quality: str, request: gr.Request
     ) -> list[Any]:
         visitor = desk.visitor(request)
-        teacher = next(iter(desk.store.settings.teachers))
-        if left == right:
-            raise gr.Error(str(UsageError("both methods are the same; choose two")), print_exception=False)
-        pair = secrets.token_urlsafe(24)
-        jobs: list[Job] = []
-        for method in (left, right):
-            order = Order(
-                prompt=_text(prompt),
-                method=_text(method),
-                seed=_seed(seed),
-                quality=_text(quality),
-                teacher=teacher,
-            )
-            try:
-                jobs.append(desk.order(visitor, order, pair))
-            except gr.Error:
-                for job in jobs:  # one of two is of no use
-                    desk.store.cancel(job.id, visitor)
-                raise
-        return followed(visitor, jobs[0].id, "", jobs[1].id, "")
+        try:
+            jobs = desk.order_two(visitor, prompt, seed, (left, right), quality)
+        except Uni3DError as error:
+            return [views.notice_html(str(error)), *[gr.skip()] * len(outputs)]
+        return ["", *followed(visitor, jobs[0].id, "", jobs[1].id, "")]
 
     def progress(
         first: str, first_seen: str, second: str, second_seen: str, request: gr.Request
@@ -487,7 +499,9 @@ def _build_compare(page: Any, desk: Desk) -> None:
         return followed(visitor, first, "", second, "")
 
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
-    start.click(submit, [prompt, seed, left, right, quality], outputs, queue=False, api_name="compare")
+    start.click(
+        submit, [prompt, seed, left, right, quality], [notice, *outputs], queue=False, api_name="compare"
+    )
     timer.tick(progress, inputs, outputs, api_name="progress_of_two", **quiet)
     cancel.click(cancel_both, inputs, outputs, api_name="cancel_both", **quiet)
     page.load(opened, None, outputs, api_visibility="private", **quiet)

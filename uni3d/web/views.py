@@ -20,6 +20,8 @@ CSS = """
 .u3-status progress::-webkit-progress-bar {background: var(--border-color-primary);}
 .u3-status progress::-webkit-progress-value {background: var(--primary-500);}
 .u3-status progress::-moz-progress-bar {background: var(--primary-500);}
+.u3-notice {border: 1px solid #c62828; border-radius: 8px; padding: 10px 14px;
+  color: var(--body-text-color); overflow-wrap: anywhere;}
 .u3-status.failed {border-color: #c62828;}
 .u3-views {width: 100%; max-height: 420px; object-fit: contain; display: block;
   border-radius: 8px; background: #f2f2f2;}
@@ -108,6 +110,11 @@ def _running_box(job: Job) -> str:
 def _box(kind: str, text: str, *, bar: str = "", small: str = "") -> str:
     extra = f'<p class="u3-small">{escape(small)}</p>' if small else ""
     return f'<div class="u3-status {kind}"><p role="status">{escape(text)}</p>{bar}{extra}</div>'
+
+
+def notice_html(text: str) -> str:
+    """Why nothing was started; empty if there is nothing to say."""
+    return f'<div class="u3-notice" role="alert">{escape(text)}</div>' if text else ""
 
 
 def preview_html(job: Job | None) -> str:
