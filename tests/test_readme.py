@@ -70,6 +70,7 @@ DISTRIBUTIONS = {
     "skimage": "scikit-image",
     "fast_simplification": "fast-simplification",
     "huggingface_hub": "diffusers",
+    "starlette": "gradio",
     "imageio_ffmpeg": "imageio-ffmpeg",
     "tinycudann": None,
 }

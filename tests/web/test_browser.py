@@ -7,6 +7,7 @@ teacher; the others use the stub worker.
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -193,6 +194,21 @@ def test_two_methods_side_by_side(visit: Any, served: Served) -> None:
         )
     assert "--method uni-instruct" in page.inner_text("#left-result")
     assert "--method sds" in page.inner_text("#right-result")
+
+
+def test_finished_examples_show_at_a_click(visit: Any, tmp_path: Path) -> None:
+    for number, prompt in enumerate(("a green vase", "a blue bed")):
+        folder = tmp_path / "examples" / str(number)
+        folder.mkdir(parents=True)
+        (folder / "example.json").write_text(json.dumps({"prompt": prompt, "seed": 5}))
+        trimesh.creation.box().export(folder / "mesh.glb")
+        Image.new("RGB", (64, 32), (200, 30 * number, 60)).save(folder / "preview.png")
+    with Served(tmp_path / "data", "--examples", str(tmp_path / "examples")) as served:
+        page = visit(served)
+        page.locator("#examples button:has(img)").nth(1).click()
+        _wait_for(page, "A finished example: a blue bed")
+        page.wait_for_selector("#create-model canvas", timeout=30_000)
+        assert page.get_by_label("What to make").first.input_value() == "a blue bed"
 
 
 def test_the_keyboard_is_enough(visit: Any, served: Served) -> None:

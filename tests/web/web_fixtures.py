@@ -9,10 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from uni3d.web.job_queue import JobQueue
-from uni3d.web.jobs import Job, JobStore
-from uni3d.web.orders import Order
-from uni3d.web.settings import WebSettings
+import pytest
+
+pytest.importorskip("huey", reason="the demo extra is not installed")
+
+from uni3d.web.job_queue import JobQueue  # noqa: E402
+from uni3d.web.jobs import Job, JobStore  # noqa: E402
+from uni3d.web.orders import Order  # noqa: E402
+from uni3d.web.settings import WebSettings  # noqa: E402
 
 STUB_WORKER = (sys.executable, str(Path(__file__).with_name("stub_worker.py")))
 ALICE, BOB = "a" * 64, "b" * 64

@@ -169,7 +169,7 @@ def build_page(store: JobStore, queue: JobQueue, examples: list[Example]) -> Any
 
 def theme() -> Any:
     """Gradio's look with the fonts of the reader's own system, so that nothing is fetched elsewhere."""
-    return gr.themes.Soft(
+    return gr.themes.Soft(  # pyright: ignore[reportPrivateImportUsage]
         primary_hue="indigo",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],

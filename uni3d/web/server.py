@@ -7,13 +7,16 @@ server that is killed goes on where it stood when it starts again.
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from uni3d.errors import MissingPackageError, Uni3DError, UsageError
 from uni3d.web.settings import WebSettings, make_private_folder
@@ -54,9 +57,11 @@ def serve(options: argparse.Namespace, worker_command: Sequence[str] | None) -> 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         from starlette.middleware import Middleware
+
+        with _no_editor_stubs():
+            import gradio as gr
     except ImportError as error:
         raise MissingPackageError('the web page needs gradio: pip install "uni3d[demo]"') from error
-    import gradio as gr
 
     from uni3d.web import page, views
     from uni3d.web.access import VisitorGate
@@ -66,7 +71,7 @@ def serve(options: argparse.Namespace, worker_command: Sequence[str] | None) -> 
     from uni3d.web.supervisor import WORKER_COMMAND, Supervisor
 
     store = JobStore(settings)
-    examples = examples_folder()
+    examples = examples_folder() if options.examples is None else options.examples.resolve()
     if examples is not None:
         gr.set_static_paths([examples])
     blocks = page.build_page(store, JobQueue(settings.folder), load_examples(examples))
@@ -98,6 +103,26 @@ def serve(options: argparse.Namespace, worker_command: Sequence[str] | None) -> 
         finally:
             blocks.close(verbose=False)
             os.chdir("/")
+
+
+@contextmanager
+def _no_editor_stubs() -> Iterator[None]:
+    """Half the time that importing gradio takes goes into type stubs that it writes for editors.
+
+    It leaves out classes whose source file is unknown, so for this long its own are.
+    """
+    getfile = inspect.getfile
+
+    def unknown_for_gradio(thing: Any) -> str:
+        if isinstance(thing, type) and thing.__module__.startswith("gradio."):
+            raise OSError("no stubs")
+        return getfile(thing)
+
+    inspect.getfile = unknown_for_gradio
+    try:
+        yield
+    finally:
+        inspect.getfile = getfile
 
 
 def default_folder() -> Path:
@@ -140,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the oldest go first beyond this (default: %(default)s)",
     )
     add("--folder", type=Path, help=f"private folder of jobs and results (default: {default_folder()})")
+    add("--examples", type=Path, help="folder of finished results to show (default: those of uni3d)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add(
         "--teacher",
