@@ -123,6 +123,20 @@ def test_routes_that_the_page_does_not_need_are_closed(path: str, served: Served
     assert visitor.get("/monitoring")[0] == 404
 
 
+def test_a_password_closes_page_events_and_files(tmp_path: Path) -> None:
+    with Served(tmp_path / "data", "--auth", "ann:secret", "--max-steps", "3") as served:
+        visitor = Visitor(served).open()
+        with pytest.raises(RuntimeError, match="401"):
+            visitor.submit("a chair")
+        assert visitor.get("/config")[0] == 401
+        form = b"username=ann&password=secret"
+        status, _ = visitor.get("/login", "POST", form, content_type="application/x-www-form-urlencoded")
+        assert status == 200
+        job = visitor.submit("a chair")
+        wait_for(lambda: visitor.is_finished(job))
+        assert visitor.get(f"/jobs/{job}/mesh.glb")[0] == 200
+
+
 @pytest.mark.slow
 def test_jobs_outlive_the_server(tmp_path: Path) -> None:
     served = Served(tmp_path / "data", "--max-steps", "30")

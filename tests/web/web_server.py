@@ -97,16 +97,23 @@ class Visitor:
         self._port = served.port
         self.cookie = ""
 
-    def get(self, path: str, method: str = "GET", body: bytes | None = None) -> tuple[int, bytes]:
+    def get(
+        self,
+        path: str,
+        method: str = "GET",
+        body: bytes | None = None,
+        *,
+        content_type: str = "application/json",
+    ) -> tuple[int, bytes]:
         """Ask for `path` exactly as it is written."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
         connection._validate_path = lambda url: None  # type: ignore[attr-defined]
         try:
-            headers = {"Cookie": self.cookie, "Content-Type": "application/json"}
+            headers = {"Cookie": self.cookie, "Content-Type": content_type}
             connection.request(method, path, body, headers)
             answer = connection.getresponse()
-            if match := re.match(r"(uni3d_visitor=[^;]*)", answer.headers.get("Set-Cookie", "")):
-                self.cookie = match[1]
+            for line in answer.headers.get_all("Set-Cookie", []):
+                self.cookie = "; ".join(filter(None, [self.cookie, line.split(";")[0]]))
             return answer.status, answer.read()
         finally:
             connection.close()
