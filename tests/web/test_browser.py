@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,17 @@ def test_two_methods_side_by_side(visit: Any, served: Served) -> None:
         )
     assert "--method uni-instruct" in page.inner_text("#left-result")
     assert "--method sds" in page.inner_text("#right-result")
+
+
+def test_an_open_page_outlives_its_server(visit: Any, tmp_path: Path) -> None:
+    with Served(tmp_path / "data", "--max-steps", "80") as served:
+        page = visit(served)
+        _order(page, "a slow chair")
+        _wait_for(page, "step")
+        served.stop(signal.SIGKILL)
+        page.wait_for_timeout(2000)
+        served.start()
+        _wait_for(page, "Done", 60)
 
 
 def test_finished_examples_show_at_a_click(visit: Any, tmp_path: Path) -> None:
