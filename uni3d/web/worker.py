@@ -15,6 +15,7 @@ import dataclasses
 import gc
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -156,7 +157,7 @@ def make_mesh(job: Job, settings: WebSettings, folder: Path, progress: JobProgre
             progress.enter("asking the teacher for samples")
 
         def after_step(self, optimiser: Any, values: Mapping[str, float]) -> None:
-            loss = values.get("student_loss", 0.0)
+            loss = values.get("student_loss", math.nan)  # there is none while the field waits
             progress.step(optimiser.step_index, loss, lambda: _draw_field(optimiser, folder))
 
     config = run_config(job.order, settings, runs_folder=folder)
