@@ -16,6 +16,7 @@ from web_fixtures import ALICE, BOB, STUB_WORKER, place, settings_in, wait_for
 from uni3d.web.job_queue import JobQueue
 from uni3d.web.jobs import Job, JobStore
 from uni3d.web.supervisor import Supervisor
+from uni3d.web.worker import _sentence
 
 
 def _get(store: JobStore, job: Job) -> Job:
@@ -149,3 +150,19 @@ def test_a_message_that_was_lost_or_came_twice_changes_nothing(tmp_path: Path) -
         wait_for(lambda: _all_finished(store, [twice, lost]))
     made = (store.settings.folder / "made.txt").read_text().split()
     assert len(made) == len(set(made)) == 3
+
+
+def test_a_job_over_its_time_fails(tmp_path: Path) -> None:
+    store = JobStore(settings_in(tmp_path, max_minutes=0.002, max_steps=1000))
+    job = place(store, JobQueue(store.settings.folder))
+    with Supervisor(store, STUB_WORKER):
+        wait_for(lambda: _get(store, job).is_finished)
+    assert _get(store, job).state == "failed"
+    assert "took longer than the 0.002 minutes that this server allows" in _get(store, job).message
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_want_of_memory_is_told_in_one_sentence(error: Exception) -> None:
+    assert _sentence(error) == "there was not enough memory for this job; choose the draft quality"
