@@ -59,6 +59,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         *PLAIN,
         *ATOMIC_WRITE,
     },
+    "distillation": {
+        "losses",
+        "diffusion",
+        "data",
+        "training",
+        "config",
+        "config_loader",
+        "config_values",
+        *PLAIN,
+    },
     # The plain layer: settings and checks, standard library and YAML only.
     "errors": set(),
     "config_values": {"errors"},
@@ -80,8 +90,11 @@ COMMANDS = (
     "commands",
     "dataset_commands",
     "edm_commands",
+    "image_commands",
     "teacher_commands",
     "evaluation_commands",
+    "image_evaluation_commands",
+    "sample_commands",
     "cli_parsing",
 )
 PLAIN_LAYER = {
@@ -97,6 +110,7 @@ PLAIN_LAYER = {
     "resources",
     "teacher.settings",
     "evaluation.settings",
+    "distillation.settings",
 }
 WITHOUT_TORCH = (
     "errors",

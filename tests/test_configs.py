@@ -31,6 +31,10 @@ def schema_of(file: Path) -> Any:
         from uni3d.teacher.settings import TeacherConfig
 
         return TeacherConfig()
+    if file.stem.startswith(("train_teacher", "distill")):
+        from uni3d.distillation.settings import DistillConfig, TeacherTrainingConfig
+
+        return DistillConfig() if file.stem.startswith("distill") else TeacherTrainingConfig()
     from uni3d.evaluation.settings import EvaluatorSettings
 
     assert file.stem.startswith("evaluator"), f"{file.name}: tell this test which settings it fills"

@@ -47,7 +47,7 @@ def test_ci_takes_its_line_from_the_readme() -> None:
     "line", [line for line in shell_lines() if "uni3d " in line and "pytest" not in line]
 )
 def test_every_command_of_the_readme_exists(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = re.search(r"uni3d ((?:teacher |evaluator )?\w+)", line)
+    words = re.search(r"uni3d ((?:teacher |evaluator )?[\w-]+)", line)
     assert words is not None and words[1] in {command.words for command in cli.COMMANDS}, line
     assert cli.main([*words[1].split(), "--help"]) == 0
     out = capsys.readouterr().out

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from uni3d.config_values import Schedule
+from uni3d.config_values import MAX_SEED, Schedule
 from uni3d.errors import UsageError
 
 T = TypeVar("T")
@@ -89,6 +89,22 @@ def _schedule_words(schedule: Schedule) -> list[str]:
     if len(schedule) == 1:
         return [f"{schedule[0][1]:g}"]
     return [f"{number:g}" for pair in schedule for number in pair]
+
+
+def read_numbers(flag: str, text: str, *, max_count: int = 10_000_000) -> Sequence[int]:
+    """Whole numbers such as "7", "0-63" or "0-9,20-29", in that order; UsageError for anything else."""
+    parts: list[range] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,19})\s*(?:-\s*(\d{1,19})\s*)?", part, flags=re.ASCII)
+        first = int(found[1]) if found else 0
+        last = int(found[2]) if found and found[2] else first
+        if found is None or last < first or last > MAX_SEED:
+            raise UsageError(f"{flag} is {text[:80]!r}; expected numbers such as 7, 0-63 or 0-9,20-29")
+        parts.append(range(first, last + 1))
+    count = sum(part.stop - part.start for part in parts)
+    if count > max_count:
+        raise UsageError(f"{flag} names {count} numbers; expected at most {max_count}")
+    return parts[0] if len(parts) == 1 else [number for part in parts for number in part]
 
 
 def option_value(arguments: Sequence[str], name: str) -> str | None:

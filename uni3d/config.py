@@ -101,6 +101,8 @@ class FieldConfig:
     """Half the side of the cube that the field fills; the object's longest side is 1."""
     initial_radius: float = 0.35
     """Radius of the soft ball that the density starts from."""
+    density_sharpness: Schedule = ((0.0, 1.0), (0.5, 1.0), (1.0, 3.0))
+    """Contrast of the density over the run: above 1 fog clears and edges take less space."""
 
     def __post_init__(self) -> None:
         if not self.resolutions:
@@ -109,6 +111,7 @@ class FieldConfig:
             check_range("field.resolutions", resolution, 4, 512)
         check_range("field.half_extent", self.half_extent, 0.1, 10.0)
         check_range("field.initial_radius", self.initial_radius, 0.01, self.half_extent)
+        check_schedule("field.density_sharpness", self.density_sharpness, 0.1, 100.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,11 @@
-"""The commands `evaluate`, `teacher evaluate` and `evaluator train`: figures about meshes and teachers."""
+"""The commands `evaluate`, `teacher evaluate` and `evaluator train`: figures about meshes and teachers.
+
+`evaluate` hands over to `image_evaluation_commands` where it is asked about images.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,7 +54,13 @@ class EvaluateOptions:
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """`uni3d evaluate`; exit code 1 if a mesh could not be read."""
+    """`uni3d evaluate`, of meshes or of images; exit code 1 if a mesh could not be read."""
+    from uni3d.image_evaluation_commands import evaluate_images, wants_images
+
+    if {"-h", "--help"} & set(arguments):
+        return _evaluate_help()
+    if wants_images(arguments):
+        return evaluate_images(arguments)
     options = parse_flags(EvaluateOptions, arguments, command="evaluate")
     if not options.meshes:
         raise UsageError("no meshes were given; pass mesh files or directories of runs")
@@ -75,6 +85,16 @@ def evaluate(arguments: Sequence[str]) -> int:
         )
         stdout.write(f"{json.dumps(report) if options.json else mesh_markdown(report).rstrip()}\n")
     return 1 if report["num_failed"] else 0
+
+
+def _evaluate_help() -> int:
+    """The flags for meshes, then those for images: what is scored decides which ones there are."""
+    from uni3d.image_evaluation_commands import EvaluateImagesOptions
+
+    for kind in (EvaluateOptions, EvaluateImagesOptions):
+        with contextlib.suppress(SystemExit):
+            parse_flags(kind, ["--help"], command="evaluate")
+    return 0
 
 
 def mesh_file(path: Path) -> Path:

@@ -69,6 +69,7 @@ class SceneOptimiser:
         self.recipe = resolve_recipe(config)
         self._build_scene()
         self._build_guidance()
+        self._follow_schedules()
 
     # ------------------------------------------------------------------ construction
 
@@ -185,7 +186,12 @@ class SceneOptimiser:
         }
         applied = self._apply(student, losses)
         self.step_index += 1
+        self._follow_schedules()
         return StepReport(values, applied)
+
+    def _follow_schedules(self) -> None:
+        """Set what of the field changes over the run and is not trained; whenever `step_index` changes."""
+        self.field.set_density_sharpness(self._value(self.config.field.density_sharpness))
 
     @property
     def _is_warming_up(self) -> bool:
@@ -334,6 +340,7 @@ class SceneOptimiser:
         # Last, since building the parts draws from it.
         self.generator.set_state(state["generator"])
         self.step_index = int(state["step"])
+        self._follow_schedules()
 
 
 def resolve_recipe(config: TextTo3DConfig) -> recipes.Recipe:

@@ -423,3 +423,14 @@ def test_names_of_networks_and_fields_are_checked() -> None:
         edm.skeleton(odd)
     with pytest.raises(ConfigError, match="channels for 3 attention heads"):
         edm.skeleton(dataclasses.replace(SMALL_CONFIGS["adm"], model_channels=224, channel_mult=(1,)))
+
+
+def test_the_decoder_can_leave_images_out() -> None:
+    config = SMALL_CONFIGS["ddpm++"]
+    net = randomised(config)
+    x, sigma, labels = batch(config)
+    x0, features = net(x, sigma, labels, output="both", num_decoded=2)
+    all_x0, all_features = net(x, sigma, labels, output="both")
+    assert x0.shape[0] == 2 and features.shape[0] == 3
+    torch.testing.assert_close(x0, all_x0[:2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(features, all_features)

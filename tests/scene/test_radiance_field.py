@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from uni3d.errors import UsageError
-from uni3d.scene.radiance_field import MAX_LOG_DENSITY, RadianceField
+from uni3d.scene.radiance_field import MAX_LOG_DENSITY, SURFACE_DENSITY, RadianceField
 
 HASH = {"num_levels": 3, "table_size": 2**8, "base_resolution": 4, "max_resolution": 16}
 
@@ -136,3 +137,19 @@ def test_state_dict_round_trip() -> None:
 def test_bad_settings_are_explained(options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         RadianceField(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", ["exp", "softplus"])
+def test_sharpness_clears_fog_and_keeps_the_surface(activation: Literal["exp", "softplus"]) -> None:
+    field = RadianceField(resolutions=(16,), density_activation=activation, blob_sharpness=6.0)
+    points = torch.stack([torch.linspace(0, 0.55, 200), torch.zeros(200), torch.zeros(200)], dim=1)
+    before = field.density(points).detach()
+    field.set_density_sharpness(2.0)
+    after = field.density(points).detach()
+    thin, dense = before < SURFACE_DENSITY / 2, before > SURFACE_DENSITY * 2
+    assert thin.any() and dense.any()
+    assert (after[thin] < before[thin]).all() and (after[dense] > before[dense]).all()
+    # The ball is as large as before where the density is that of a surface.
+    assert ((before > SURFACE_DENSITY) == (after > SURFACE_DENSITY)).float().mean() > 0.99
+    field.set_density_sharpness(1.0)
+    assert torch.equal(field.density(points), before)

@@ -47,7 +47,7 @@ def tiny_config(**changes: object) -> TeacherConfig:
     )  # fmt: skip
     autoencoder = AutoencoderConfig(
         image_size=SIZE, block_out_channels=(8, 16), norm_num_groups=4, batch_size=8, planned_minutes=None,
-        planned_steps=4,
+        planned_steps=4, crop_size=8,
     )  # fmt: skip
     settings: dict[str, object] = {
         "device": "cpu", "grid_prompts": ("a red chair",), "num_sampling_steps": 2, "max_file_mib": 0.25,

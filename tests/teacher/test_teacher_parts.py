@@ -265,3 +265,22 @@ def _fields_of(group: str) -> tuple[dataclasses.Field[object], ...]:
     from uni3d.teacher.settings import TeacherConfig
 
     return dataclasses.fields(getattr(TeacherConfig(), group))
+
+
+def test_crops_lie_around_the_object_and_come_from_their_image() -> None:
+    num, size, side = 6, 32, 8
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    place = torch.stack([rows, columns, torch.zeros_like(rows)]).float() / size
+    images = place.expand(num, -1, -1, -1).clone()
+    images[:, 2] = torch.arange(num)[:, None, None] / num
+    alpha = torch.zeros(num, 1, size, size)
+    alpha[:, :, 20:26, 3:9] = 1
+    ids, cameras = torch.arange(num)[:, None], torch.arange(num).float()[:, None].expand(-1, 5)
+    crops = ViewBatch(images, alpha, ids, cameras).crops(side, torch.Generator().manual_seed(0))
+    assert crops.images.shape == (num * 16, 3, side, side) and crops.alpha.shape == (num * 16, 1, side, side)
+    corner = (crops.images[:, :2, 0, 0] * size).round().long()
+    for crop, (top, left), which in zip(crops.images, corner.tolist(), crops.token_ids[:, 0], strict=True):
+        assert torch.equal(crop, images[which, :, top : top + side, left : left + side])
+    assert crops.alpha.mean(dim=(1, 2, 3)).min() > 0  # every one shows some of the object
+    assert crops.alpha.mean() > 3 * alpha.mean()
+    assert len({tuple(place) for place in corner.tolist()}) > 10

@@ -61,6 +61,7 @@ def test_every_number_has_a_range(group: str, kind: type) -> None:
             "is 30; expected a multiple of norm_num_groups",
         ),
         (AutoencoderConfig, {"image_size": 100}, "image_size is 100; expected a multiple of 8"),
+        (AutoencoderConfig, {"crop_size": 48}, "crop_size is 48; expected a multiple of 8 that divides"),
         (TeacherDataConfig, {"flip_probability": -0.1}, "data.flip_probability is -0.1"),
         (TeacherDataConfig, {"roles": ()}, "data.roles is empty"),
     ],

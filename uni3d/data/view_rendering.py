@@ -70,13 +70,13 @@ class ViewSettings:
     of `sample_shape_change`.
     """
 
-    num_views: int = 20
+    num_views: int = 24
     size: int = 128
     supersample: int = 2
     quality: int = 90
     elevation_range_deg: tuple[float, float] = (-15.0, 50.0)
     overhead_range_deg: tuple[float, float] = (60.0, 90.0)
-    overhead_share: float = 0.15
+    overhead_share: float = 0.2
     radius_range: tuple[float, float] = (2.0, 2.9)
     fov_y_deg: float = 40.0
     sky_range: tuple[float, float] = (0.70, 0.78)
@@ -105,7 +105,7 @@ EVALUATOR_VIEWS = ViewSettings(
     key_range=(0.32, 0.50),
     key_azimuth_range_deg=(-110.0, 110.0),
     key_elevation_range_deg=(20.0, 75.0),
-    num_shapes=5,
+    num_shapes=4,
 )
 
 

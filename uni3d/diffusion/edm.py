@@ -84,6 +84,7 @@ class EDMDenoiser(nn.Module):
         *,
         augment_labels: Tensor | None = None,
         output: Literal["x0", "features"] = "x0",
+        num_decoded: int | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -95,6 +96,8 @@ class EDMDenoiser(nn.Module):
         *,
         augment_labels: Tensor | None = None,
         output: Literal["both"],
+        detach_x0: bool = False,
+        num_decoded: int | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
@@ -105,6 +108,8 @@ class EDMDenoiser(nn.Module):
         *,
         augment_labels: Tensor | None = None,
         output: Output = "x0",
+        detach_x0: bool = False,
+        num_decoded: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The x0-prediction, the encoder's output, or both from one pass.
 
@@ -116,6 +121,8 @@ class EDMDenoiser(nn.Module):
             augment_labels: what was done to the images, [B, augment_dim]; None, for none, when sampling.
             output: "x0" for [B, C, H, W]; "features" for [B, F, h, w], the encoder's output, without running
                 the decoder; "both" for (x0, features).
+            detach_x0: run the decoder without gradients, so that only the features carry some.
+            num_decoded: run the decoder on the first so many samples only.
 
         Returns:
             float32, differentiable in x, sigma, labels and parameters. Fused attention kernels have no second
@@ -152,7 +159,12 @@ class EDMDenoiser(nn.Module):
         features = hidden.float()
         if output == "features":
             return features
-        x0 = c_skip * x + c_out * self.model.decode(hidden, skips, embedding).float()
+        if num_decoded is not None:
+            hidden, embedding = hidden[:num_decoded], embedding[:num_decoded]
+            skips = [skip[:num_decoded] for skip in skips]
+            x, c_skip, c_out = x[:num_decoded], c_skip[:num_decoded], c_out[:num_decoded]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_x0):
+            x0 = c_skip * x + c_out * self.model.decode(hidden, skips, embedding).float()
         return x0 if output == "x0" else (x0, features)
 
     def features(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:

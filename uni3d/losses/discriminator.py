@@ -135,9 +135,11 @@ class RatioNormaliser(nn.Module):
         """Counts student samples: log_ratio [B] (clamped) at sigma [B]. Non-finite ones are left out."""
         ratio = at_least_float32(log_ratio).exp().to(self.mean_ratio)
         finite = ratio.isfinite()
-        index = self.bin_index(sigma.to(self.mean_ratio.device))[finite]
-        new = torch.zeros_like(self.count).index_add_(0, index, torch.ones_like(ratio[finite]))
-        total = torch.zeros_like(self.mean_ratio).index_add_(0, index, ratio[finite])
+        index = self.bin_index(sigma.to(self.mean_ratio.device))
+        # Weights of zero rather than an index of what is finite: its length would have to be waited for.
+        new = torch.zeros_like(self.count).index_add_(0, index, finite.to(ratio.dtype))
+        kept = torch.where(finite, ratio, torch.zeros_like(ratio))
+        total = torch.zeros_like(self.mean_ratio).index_add_(0, index, kept)
         # The old count is cut before the new ones are added, so that the memory is at most `horizon` samples.
         old = torch.minimum(self.count, (self.horizon - new).clamp(min=0))
         seen = new > 0

@@ -22,6 +22,7 @@ from uni3d.scene.encoding import HashGridEncoding, dense_corners, weighted_corne
 DEFAULT_HALF_EXTENT = 0.6
 MAX_LOG_DENSITY = 7.0  # 1,100 per scene unit: opaque within 5 mm of a unit object
 MIN_LOG_BLOB = -4.0
+SURFACE_DENSITY = 12.0  # per scene unit: half of the light passes 6 % of a unit object
 SOFTPLUS_SCALE = 25.0  # so that raw values of a few units are as opaque as they are under exp
 
 DensityActivation = Literal["exp", "softplus"]
@@ -91,6 +92,7 @@ class RadianceField(nn.Module):
         self.blob_sharpness = blob_sharpness
         self.resolutions = tuple(resolutions) if encoding == "dense" else ()
         self.num_active_levels = len(self.resolutions)
+        self.density_sharpness = 1.0
         if encoding == "dense":
             self.density_grids = nn.ParameterList(
                 nn.Parameter(torch.zeros(1, size, size, size)) for size in self.resolutions
@@ -153,6 +155,14 @@ class RadianceField(nn.Module):
             raise UsageError(f"active levels is {num_levels}; the field has 1 to {len(self.resolutions)}")
         self.num_active_levels = min(num_levels, len(self.resolutions))
 
+    def set_density_sharpness(self, sharpness: float) -> None:
+        """Stretch raw densities by this factor about the value that stands for SURFACE_DENSITY.
+
+        Above 1 what is thinner than that grows thinner and what is denser grows denser: fog clears and edges
+        take less space, while the surface stays. Not part of the state dict, like the active levels.
+        """
+        self.density_sharpness = float(sharpness)
+
     @property
     def parameter_group_names(self) -> tuple[str, ...]:
         """Names that `parameter_groups` expects a learning rate for."""
@@ -208,9 +218,18 @@ class RadianceField(nn.Module):
         return raw_density[:, 0], raw_colour
 
     def _activate(self, raw: Tensor) -> Tensor:
+        if self.density_sharpness != 1.0:
+            surface = self._raw_of_density(SURFACE_DENSITY)
+            raw = surface + self.density_sharpness * (raw - surface)
         if self.density_activation == "exp":
             return _TruncatedExp.apply(raw)  # type: ignore[return-value]
         return SOFTPLUS_SCALE * nn.functional.softplus(raw)
+
+    def _raw_of_density(self, density: float) -> float:
+        """The raw value whose activation, unsharpened, is `density`."""
+        if self.density_activation == "exp":
+            return math.log(density)
+        return math.log(math.expm1(density / SOFTPLUS_SCALE))
 
     def _raw_blob(self, points: Tensor) -> Tensor:
         """Raw values [P] whose activation is the starting blob."""

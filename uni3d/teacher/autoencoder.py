@@ -38,11 +38,12 @@ def autoencoder_loss(
     """Scalar loss of `reconstruction` [B, 3, H, W] against `batch.images`, both in [-1, 1], in float32.
 
     Mean absolute error of pixels, of chroma (colour less its grey part), of neighbour differences and of
-    three coarser sizes, all weighted up on the object, plus a small KL term.
+    three coarser sizes, all weighted up on the object, plus a small KL term. Weights average to 1 in every
+    image: a small object counts as much as a large one.
     """
     predicted, target = reconstruction.float(), batch.images
     weight = 1 + config.foreground_weight * batch.alpha
-    weight = weight / weight.mean()
+    weight = weight / weight.mean(dim=(1, 2, 3), keepdim=True)
     error = predicted - target
     loss = (weight * error.abs()).mean()
     chroma = error - error.mean(dim=1, keepdim=True)

@@ -31,7 +31,8 @@ from uni3d.teacher.session import (
     start_from,
 )
 from uni3d.teacher.trainable import Trainable, cast_network
-from uni3d.teacher.view_batches import ViewSampler, mix_seeds
+from uni3d.teacher.view_batches import ViewSampler
+from uni3d.training.seeds import mix_seeds
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,10 @@ _AVERAGE_DECAY = 0.998
 def autoencoder_phase(session: Session, resume: Resume) -> tuple[AutoencoderKL | None, dict[str, Any]]:
     """The finished, whitened autoencoder (float32, on the device) and its metrics; None when time ran out.
 
-    Of several processes only the first trains it, and leaves it for the others to read.
+    Several processes share every batch; the first one finishes it and leaves it for the others to read.
     """
     config, device = session.config, session.device
+    torch.manual_seed(mix_seeds(config.seed, STREAM_AUTOENCODER))
     autoencoder = build_autoencoder(config.autoencoder)
     for name in ("autoencoder", "compact"):
         state = read_state(session.output / name)
@@ -78,8 +80,11 @@ def autoencoder_phase(session: Session, resume: Resume) -> tuple[AutoencoderKL |
         elapsed_s=elapsed_s,
         deadline_s=session.deadline_s,
     )
+    session.processes.wait()  # all have read the checkpoint before the first one writes the next
 
     def save(step: int) -> None:
+        if not session.processes.is_main:
+            return
         write_checkpoint(
             checkpoint,
             trainable.full_state(),
@@ -90,6 +95,9 @@ def autoencoder_phase(session: Session, resume: Resume) -> tuple[AutoencoderKL |
     is_finished = _train_autoencoder(session, trainable, clock, first_step=step, save=save)
     if not is_finished:
         return None, {}
+    if not session.processes.is_main:
+        session.processes.wait()
+        return autoencoder_phase(session, "auto")
     training_minutes = round(clock.elapsed_s / 60, 2)
     finished = build_autoencoder(config.autoencoder)
     cast_network(finished, device=device, dtype=torch.float32)
@@ -102,6 +110,7 @@ def autoencoder_phase(session: Session, resume: Resume) -> tuple[AutoencoderKL |
         {"autoencoder_metrics": metrics, "config": dataclasses.asdict(config)},
         max_file_mib=config.max_file_mib,
     )
+    session.processes.wait()
     return finished, metrics
 
 
@@ -109,7 +118,7 @@ def _train_autoencoder(
     session: Session, trainable: Trainable, clock: PhaseClock, *, first_step: int, save: Callable[[int], None]
 ) -> bool:
     """Train until the phase is over (True) or the session's time is up (False)."""
-    config = session.config.autoencoder
+    config, processes = session.config.autoencoder, session.processes
     sampler = ViewSampler(
         session.pool,
         session.config.data,
@@ -126,19 +135,26 @@ def _train_autoencoder(
         "autoencoder",
         batch_size=config.batch_size,
         every_s=session.config.log_every_s,
-        metrics_path=session.output / "metrics.jsonl",
+        metrics_path=session.output / "metrics.jsonl" if processes.is_main else None,
     )
     saved_s = time.monotonic()
     step, rate = first_step, 0.0
-    while (progress := clock.progress(step)) < 1:
-        batch = sampler.batch(step, config.batch_size)
+    while (progress := processes.as_main_says(clock.progress(step))[0]) < 1:
         generator.manual_seed(mix_seeds(sampler.seed, -1 - step))
+        whole = sampler.batch(step, config.batch_size)
+        if progress < config.crop_share:
+            whole = whole.crops(config.crop_size, generator)
+        num = whole.images.shape[0]
+        share = processes.share(num)
+        batch = whole.part(share)
         posterior = encode(batch.images.to(session.compute_dtype)).latent_dist
-        noise = torch.randn(posterior.mean.shape, device=session.device, generator=generator)
+        shape = (num, *posterior.mean.shape[1:])
+        noise = torch.randn(shape, device=session.device, generator=generator)[share]
         reconstruction = decode(posterior.mean + posterior.std * noise.to(posterior.mean.dtype)).sample
         loss = autoencoder_loss(reconstruction, batch, _kl(posterior.mean, posterior.logvar), config)
-        loss.backward()
+        (loss * (batch.images.shape[0] / num)).backward()
         trainable.collect_gradients()
+        processes.add_up_([master.grad for master in trainable.masters if master.grad is not None])
         rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
         rate *= max(0.02, 1 - progress)
         trainable.step(learning_rate=rate, gradient_clip=config.gradient_clip)
@@ -149,7 +165,7 @@ def _train_autoencoder(
             log.report(
                 step=step, elapsed_s=clock.elapsed_s, progress=clock.progress(step), learning_rate=rate
             )
-        is_leaving = session.stop.is_set or clock.is_out_of_time
+        is_leaving = bool(processes.as_main_says(session.stop.is_set or clock.is_out_of_time)[0])
         if is_leaving or time.monotonic() - saved_s > session.config.checkpoint_every_minutes * 60:
             save(step)
             saved_s = time.monotonic()

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from uni3d.diffusion.camera_token import CameraToken, insert_camera_token
 from uni3d.teacher.settings import AutoencoderConfig, DenoiserConfig
 from uni3d.teacher.tokenizer import special_ids
-from uni3d.teacher.view_batches import ViewBatch, ViewSampler, mix_seeds
+from uni3d.teacher.view_batches import ViewBatch, ViewSampler
 from uni3d.training.processes import Processes
+from uni3d.training.seeds import mix_seeds
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer

@@ -33,14 +33,15 @@ from uni3d.teacher.session import (
     STREAM_POOL,
     Resume,
     Session,
-    choose_device,
     start_from,
 )
 from uni3d.teacher.settings import DenoiserConfig, TeacherConfig
 from uni3d.teacher.tokenizer import token_ids
 from uni3d.teacher.trainable import Trainable, cast_network
-from uni3d.teacher.view_batches import ViewSampler, mix_seeds
+from uni3d.teacher.view_batches import ViewSampler
+from uni3d.training.devices import choose_device
 from uni3d.training.processes import Processes
+from uni3d.training.seeds import mix_seeds
 
 logger = logging.getLogger(__name__)
 

@@ -57,18 +57,6 @@ class Session:
             )
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {name!r} was asked for, but torch sees no CUDA device; use --device cpu")
-    return device
-
-
 def load_network(network: torch.nn.Module, weights: Mapping[str, Tensor], prefix: str) -> None:
     """Fill `network` with the tensors of `weights` whose name starts with `prefix`."""
     chosen = {name.removeprefix(prefix): t.float() for name, t in weights.items() if name.startswith(prefix)}

@@ -110,6 +110,10 @@ class AutoencoderConfig:
     """Length of the run; None trains `planned_steps` steps."""
     planned_steps: int = 4000
     gradient_clip: float = 1.0
+    crop_size: int = 64
+    """Side of the squares around object pixels that are trained on first: most of an image is background."""
+    crop_share: float = 0.6
+    """Share of the run on such squares, as many of them as fill the images of a batch; then whole images."""
     foreground_weight: float = 6.0
     """Extra weight of the object's pixels: they are a fifth of the image."""
     chroma_weight: float = 2.0
@@ -140,6 +144,8 @@ class AutoencoderConfig:
                 "planned_minutes": _MINUTES,
                 "planned_steps": _COUNT,
                 "gradient_clip": (1e-6, 1e9),
+                "crop_size": (1, 4096),
+                "crop_share": _SHARE,
                 "foreground_weight": _WEIGHT,
                 "chroma_weight": _WEIGHT,
                 "gradient_weight": _WEIGHT,
@@ -156,6 +162,11 @@ class AutoencoderConfig:
             raise ConfigError(
                 f"autoencoder.image_size is {self.image_size}; expected a multiple of {2**halvings}, because "
                 f"{len(self.block_out_channels)} block_out_channels halve it {halvings} times"
+            )
+        if self.image_size % self.crop_size or self.crop_size % 2**halvings:
+            raise ConfigError(
+                f"autoencoder.crop_size is {self.crop_size}; expected a multiple of {2**halvings} that "
+                f"divides image_size ({self.image_size})"
             )
 
 

@@ -27,7 +27,7 @@ from uni3d.teacher.checkpoint_files import read_state
 from uni3d.teacher.denoiser_training import denoiser_phase
 from uni3d.teacher.initial_weights import read_initial_teacher
 from uni3d.teacher.publish import publish_teacher, read_tokenizer
-from uni3d.teacher.session import Resume, Session, choose_device
+from uni3d.teacher.session import Resume, Session
 from uni3d.teacher.settings import TeacherConfig
 from uni3d.teacher.view_batches import (
     VIEW_WORDS,
@@ -36,6 +36,7 @@ from uni3d.teacher.view_batches import (
     collect_captions,
     tokenizer_for,
 )
+from uni3d.training.devices import choose_device
 from uni3d.training.processes import Processes, joined_processes
 from uni3d.training.stop import StopFlag
 
@@ -164,14 +165,9 @@ def _train(
             initial_teacher=initial_teacher,
         )
         del views
-        autoencoder, autoencoder_metrics = None, {}
-        if processes.is_main:
-            autoencoder, autoencoder_metrics = autoencoder_phase(session, resume)
-        if not processes.as_main_says(autoencoder is not None)[0]:
+        autoencoder, autoencoder_metrics = autoencoder_phase(session, resume)
+        if autoencoder is None:
             return TrainingResult(False, 0, None, autoencoder_metrics)
-        if autoencoder is None:  # the first process has trained it
-            autoencoder, autoencoder_metrics = autoencoder_phase(session, "auto")
-        assert autoencoder is not None
         is_finished, step, metrics = denoiser_phase(session, autoencoder, autoencoder_metrics, resume)
     is_published = publish and processes.is_main
     folder = publish_teacher(output / "compact", output / "teacher") if is_published else None

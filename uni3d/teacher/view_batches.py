@@ -25,6 +25,7 @@ from uni3d.errors import UsageError
 from uni3d.scene.camera import Cameras, view_word
 from uni3d.teacher.settings import TeacherDataConfig
 from uni3d.teacher.tokenizer import token_ids, train_tokenizer, words_of
+from uni3d.training.seeds import mix_seeds
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -142,6 +143,35 @@ class ViewBatch:
     """int64 [B, L]."""
     conditioning: Tensor
     """float32 [B, 5]."""
+
+    def crops(self, size: int, generator: torch.Generator) -> ViewBatch:
+        """Squares of side `size` around random pixels of the object, as many of each image as would tile it.
+
+        Prompts and cameras stay those of the whole views.
+        """
+        num, _, height, width = self.images.shape
+        each = (height // size) * (width // size)
+        images, alpha = self.images.repeat(each, 1, 1, 1), self.alpha.repeat(each, 1, 1, 1)
+        draw = torch.rand(alpha.shape, device=alpha.device, generator=generator)
+        pixel = (draw * (alpha + 1e-3)).flatten(1).argmax(dim=1)
+        jitter = torch.rand(2, num * each, device=alpha.device, generator=generator) - 0.5
+        shift = (jitter * (size // 2)).long()
+        top = (pixel // width - size // 2 + shift[0]).clamp(0, height - size)
+        left = (pixel % width - size // 2 + shift[1]).clamp(0, width - size)
+        side = torch.arange(size, device=alpha.device)
+        rows, columns = (top[:, None] + side)[:, :, None], (left[:, None] + side)[:, None, :]
+        which = torch.arange(num * each, device=alpha.device)[:, None, None]
+
+        def cut(pixels: Tensor) -> Tensor:
+            return pixels.permute(0, 2, 3, 1)[which, rows, columns].permute(0, 3, 1, 2).contiguous()
+
+        return ViewBatch(
+            cut(images), cut(alpha), self.token_ids.repeat(each, 1), self.conditioning.repeat(each, 1)
+        )
+
+    def part(self, rows: slice) -> ViewBatch:
+        """The batch of these rows."""
+        return ViewBatch(self.images[rows], self.alpha[rows], self.token_ids[rows], self.conditioning[rows])
 
 
 def build_view_pool(
@@ -342,12 +372,3 @@ def random_backgrounds(
     along = 0.5 + 0.5 * (x * angle.cos() + y * angle.sin()) / math.sqrt(2)
     mixed = start[:, :, None, None] + (end - start)[:, :, None, None] * along[:, None]
     return mixed.clamp(0, 1)
-
-
-def mix_seeds(seed: int, index: int) -> int:
-    """One 63-bit seed from two integers (splitmix64 finaliser): neighbouring streams share nothing."""
-    mask = (1 << 64) - 1
-    value = (seed * 0x9E3779B97F4A7C15 + index * 0xD1342543DE82EF95 + 0x632BE59BD9B4E019) & mask
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-    return (value ^ (value >> 31)) >> 1

@@ -1,0 +1,81 @@
+"""A step asks the device for no value: nothing is read back and no shape depends on one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from distillation_fixtures import distill_config, random_network, teacher_config
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from uni3d.distillation.image_batches import open_source
+from uni3d.distillation.student_training import StudentTraining
+from uni3d.distillation.teacher_training import TeacherTraining
+from uni3d.training.processes import Processes
+
+CPU = torch.device("cpu")
+# What a GPU would have to be waited for: values read by the host, and shapes that depend on values.
+WAITING = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "bincount")
+
+
+class Watch(TorchDispatchMode):
+    """Fails at the first operation that waits."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name.strip("_") not in {word.strip("_") for word in WAITING}, name
+        if name == "index":
+            assert all(index is None or index.dtype != torch.bool for index in args[1]), "a mask as index"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def _one_hot_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch checks the classes on a CPU alone."""
+
+    def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+        return (labels[:, None] == torch.arange(num_classes)).long()
+
+    monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": {"divergence": "forward_kl"}, "optimiser": {"gradient_clip": 1.0}},
+        {"method": {"method": "f-distill", "discriminator": "teacher"}, "dropout": 0.1},
+        {"method": {"method": "dmd"}},
+        {"method": {"weighting": "expansion"}, "noise": {"companions": "mixture"}},
+    ],
+    ids=str,
+)
+def test_a_distillation_step_waits_for_nothing(changes: dict[str, Any]) -> None:
+    config = distill_config(None, **changes)
+    program = StudentTraining(
+        config, random_network(), open_source(config.data), device=CPU, processes=Processes()
+    )
+    program.step(0)
+    with Watch():
+        program.step(1)
+    assert program.take_statistics()["skipped"] == 0
+    program.close()
+
+
+def test_a_teachers_step_waits_for_nothing() -> None:
+    config = teacher_config(network={"dropout": 0.1, "label_dropout": 0.1})
+    images = open_source(config.data)
+    network = config.network.edm_config(resolution=8, image_channels=3, label_dim=4)
+    program = TeacherTraining(config, network, images, device=CPU, processes=Processes())
+    program.step(0)
+    with Watch():
+        program.step(1)
+    program.close()
+
+
+def test_the_watch_can_fail() -> None:
+    values = torch.ones(3)
+    for waits in (lambda: float(values.sum()), lambda: values[values > 0], lambda: bool(values.any())):
+        with pytest.raises(AssertionError), Watch():
+            waits()

@@ -1,0 +1,402 @@
+"""How long a Uni-Instruct training step takes: this project's build beside the released program's.
+
+    python -m uni3d.distillation.benchmark_step --device cuda --output step.json
+
+Both builds (`training_steps`) are timed in one run with the device's own clock, after a warm-up; the table
+also says what each recipe of the family costs, in network passes and in milliseconds, and how much of the
+card's measured matrix rate the step uses. `--build MODULE:FUNCTION` times another `StepBuilder`.
+Legend: F one forward pass of the network, E one of its encoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import importlib
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from uni3d.diffusion.edm import PRESETS, EDMConfig, preset, skeleton
+from uni3d.distillation.training_steps import BUILDS, StepBuilder, StepSetup, TrainingStep
+from uni3d.errors import UsageError
+from uni3d.losses import recipes
+from uni3d.losses.recipe import Recipe
+from uni3d.training.checkpoint import atomic_write_json
+
+TOY = "toy"
+RECIPES: dict[str, tuple[str, str | None]] = {
+    "diff_instruct": ("diff_instruct", None),
+    "dmd": ("dmd", None),
+    "dmd2": ("dmd2", None),
+    "sim": ("sim", None),
+    "sid": ("sid", None),
+    "sida": ("sida", None),
+    "f_distill": ("f_distill", "forward_kl"),
+    "uni_instruct": ("uni_instruct", "forward_kl"),
+    "uni_instruct_reverse_kl": ("uni_instruct", "reverse_kl"),
+    "uni_instruct_integral": ("uni_instruct_integral", "forward_kl"),
+    "uni_instruct_four_term": ("uni_instruct_four_term", "forward_kl"),
+    "uni_instruct_detached": ("uni_instruct_detached", "forward_kl"),
+    "uni_instruct_released": ("uni_instruct_released", "forward_kl"),
+}
+"""What is costed: names of the table, and what `recipes.get` is asked for."""
+
+
+def recipe_called(name: str) -> Recipe:
+    """A recipe of `RECIPES`, unguided as image teachers are; UsageError for an unknown name."""
+    if name not in RECIPES:
+        raise UsageError(f"unknown recipe {name[:80]!r}; expected one of {', '.join(RECIPES)}")
+    method, divergence = RECIPES[name]
+    return recipes.get(method, divergence, guidance_scale=1.0, fake_guidance_scale=1.0)
+
+
+# ---- the work of a step
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Network work per image of the batch, a backward pass to the input counted as one forward pass and one
+    to the parameters as another."""
+
+    full: float
+    """Of the whole network, F."""
+    encoder: float
+    """Of its encoder alone, E."""
+
+    def flops(self, of_full: float, of_encoder: float) -> float:
+        return self.full * of_full + self.encoder * of_encoder
+
+    def __str__(self) -> str:
+        return f"{self.full:g}F" + (f" + {self.encoder:g}E" if self.encoder else "")
+
+
+def step_passes(recipe: Recipe) -> Passes:
+    """What one step of `recipe` needs; the discriminator lies in the fake score's encoder."""
+    full, encoder = 3.0, 0.0  # the student, forwards and backwards
+    if recipe.score_weight > 0:
+        full += 2 if recipe.needs_teacher_jacobian else 1
+    reads_gradient = recipe.adversarial_weight > 0 or recipe.needs_ratio_gradient
+    if recipe.needs_fake_score:
+        full += 2 if recipe.needs_fake_jacobian else 1
+        if reads_gradient and not recipe.needs_fake_jacobian:
+            encoder += 2  # once more with a graph, and backwards
+    if recipe.needs_fake_score or recipe.needs_discriminator:
+        # A fake image, the fake score on it, and the encoder on a real one.
+        full += recipe.fake_steps * 4
+        encoder += recipe.fake_steps * (3 if recipe.needs_discriminator else 0)
+    return Passes(full, encoder)
+
+
+def forward_flops(config: EDMConfig) -> tuple[float, float]:
+    """Floating-point operations of one image through (the network, its encoder), counted without running."""
+    net = skeleton(config)
+    x = torch.empty(1, config.image_channels, config.resolution, config.resolution, device="meta")
+    labels = torch.empty(1, config.label_dim, device="meta") if config.label_dim else None
+    counts = []
+    for output in ("x0", "features"):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(x, torch.empty(1, device="meta"), labels, output=output)
+        counts.append(float(counter.get_total_flops()))
+    return counts[0], counts[1]
+
+
+# ---- clocks
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one build and recipe."""
+
+    median_ms: float
+    mean_ms: float
+    std_ms: float
+    min_ms: float
+    images_per_s: float
+    """By the median."""
+    peak_memory_gib: float
+    """Highest allocation during the timed steps; 0 on a CPU."""
+    host_waits: int | None
+    """Synchronisations with the host in one step; None on a CPU."""
+    warmup_s: float
+    """Building, compiling and warming up."""
+    num_repeats: int
+
+
+def time_build(build: StepBuilder, setup: StepSetup, *, num_warmup: int, num_repeats: int) -> Timing:
+    """Build a step, warm it up, and time `num_repeats` of it, each on its own."""
+    is_cuda = setup.device.type == "cuda"
+    _start_afresh(setup.device)
+    started = time.monotonic()
+    step = build(setup)
+    for _ in range(num_warmup):
+        step()
+    host_waits = count_host_waits(step) if is_cuda else None
+    if is_cuda:
+        torch.cuda.synchronize(setup.device)
+        torch.cuda.reset_peak_memory_stats(setup.device)
+    warmup_s = time.monotonic() - started
+    clock = _cuda_clock if is_cuda else _cpu_clock
+    times = clock(step, num_repeats)
+    peak = torch.cuda.max_memory_allocated(setup.device) / 2**30 if is_cuda else 0.0
+    median = statistics.median(times)
+    return Timing(
+        median_ms=median,
+        mean_ms=statistics.fmean(times),
+        std_ms=statistics.stdev(times) if len(times) > 1 else 0.0,
+        min_ms=min(times),
+        images_per_s=setup.batch_size / median * 1e3,
+        peak_memory_gib=peak,
+        host_waits=host_waits,
+        warmup_s=warmup_s,
+        num_repeats=num_repeats,
+    )
+
+
+def _cuda_clock(step: TrainingStep, num: int) -> list[float]:
+    """Milliseconds between events around each step; the host waits only at the end."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(num + 1)]
+    events[0].record()
+    for index in range(num):
+        step()
+        events[index + 1].record()
+    torch.cuda.synchronize()
+    return [first.elapsed_time(second) for first, second in zip(events, events[1:], strict=False)]
+
+
+def _cpu_clock(step: TrainingStep, num: int) -> list[float]:
+    times = []
+    for _ in range(num):
+        started = time.perf_counter()
+        step()
+        times.append((time.perf_counter() - started) * 1e3)
+    return times
+
+
+def count_host_waits(step: TrainingStep) -> int:
+    """How often one step makes the host wait for the CUDA device, as far as torch can tell."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16, *, size: int = 8192) -> float:
+    """Operations per second of a product of square matrices: the best of several."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    clock = _cuda_clock if device.type == "cuda" else _cpu_clock
+
+    def multiply() -> None:
+        torch.mm(a, b)
+
+    multiply()
+    return 2 * size**3 / (min(clock(multiply, 20)) / 1e3)
+
+
+def _start_afresh(device: torch.device) -> None:
+    """Drop what the last build left: memory, and compiled code, of which torch keeps only a few versions of
+    one function before it runs it uncompiled."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# ---- the benchmark
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What is timed."""
+
+    network: str = "cifar10-32x32-uncond-vp"
+    """A preset of EDM, or toy."""
+    batch_size: int = 256
+    micro_batch: int = 128
+    """Of the released build."""
+    builds: tuple[str, ...] = ("project", "released")
+    """Names of `BUILDS`, or module:function."""
+    recipe: str = "uni_instruct"
+    """Of the comparison of builds."""
+    recipes: tuple[str, ...] = ()
+    """To be timed in the first build; all are costed in passes."""
+    compile_mode: str | None = "default"
+    precision: str = "bfloat16"
+    device: str = "cuda"
+    num_warmup: int = 5
+    num_repeats: int = 20
+    matrix_size: int = 8192
+
+
+def network_config(name: str) -> EDMConfig:
+    """The configuration of a preset, or the smallest network with every kind of layer."""
+    if name != TOY:
+        return preset(name)
+    return dataclasses.replace(
+        PRESETS["cifar10-32x32-cond-vp"],
+        model_channels=16,
+        channel_mult=(1, 2),
+        resolution=8,
+        num_blocks=1,
+        attention_resolutions=(4,),
+    )
+
+
+def builder_called(name: str) -> StepBuilder:
+    """A build of `BUILDS`, or the function of `module:function`; UsageError for anything else."""
+    if name in BUILDS:
+        return BUILDS[name]
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"unknown build {name[:80]!r} ({error}); expected {', '.join(BUILDS)} or module:function"
+        ) from None
+
+
+def run_benchmark(
+    settings: BenchmarkSettings, *, report: Callable[[str], object] = lambda line: None
+) -> dict[str, Any]:
+    """Time everything; plain data for JSON. `report` is told each line of the table."""
+    device = torch.device(settings.device)
+    config = network_config(settings.network)
+    torch.backends.cudnn.benchmark = True
+    full, encoder = forward_flops(config)
+    rate = matrix_rate(device, size=settings.matrix_size)
+    setup = StepSetup(
+        config=config,
+        recipe=recipe_called(settings.recipe),
+        batch_size=settings.batch_size,
+        device=device,
+        body_dtype=getattr(torch, settings.precision),
+        compile_mode=settings.compile_mode,
+        micro_batch=min(settings.micro_batch, settings.batch_size),
+    )
+    result: dict[str, Any] = {
+        "settings": asdict(settings),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "num_parameters": sum(parameter.numel() for parameter in skeleton(config).parameters()),
+        "forward_gflop": {"network": full / 1e9, "encoder": encoder / 1e9},
+        "matrix_tflops_per_s": rate / 1e12,
+        "builds": {},
+        "recipes": {},
+    }
+    report(
+        f"{result['device']}, {settings.network}, batch {settings.batch_size}: "
+        f"F {full / 1e9:.2f} GFLOP, E {encoder / 1e9:.2f}, bfloat16 products {rate / 1e12:.3g} TFLOP/s"
+    )
+    report(HEADER)
+
+    def timed(build: str, recipe: Recipe, title: str) -> dict[str, Any]:
+        passes = step_passes(recipe)
+        timing = time_build(
+            builder_called(build),
+            dataclasses.replace(setup, recipe=recipe),
+            num_warmup=settings.num_warmup,
+            num_repeats=settings.num_repeats,
+        )
+        work = passes.flops(full, encoder) * timing.images_per_s
+        row = {**_cost(recipe, full, encoder), **asdict(timing), "share_of_matrix_rate": work / rate}
+        report(row_text(title, row))
+        return row
+
+    for build in settings.builds:
+        result["builds"][build] = timed(build, setup.recipe, build)
+    if {"project", "released"} <= result["builds"].keys():
+        speeds = {name: result["builds"][name]["images_per_s"] for name in ("project", "released")}
+        result["speedup"] = speeds["project"] / speeds["released"]
+        report(f"project against released: {result['speedup']:.2f} times the images/s")
+    for name in RECIPES:
+        recipe = recipe_called(name)
+        is_timed = name in settings.recipes
+        result["recipes"][name] = (
+            timed(settings.builds[0], recipe, name) if is_timed else _cost(recipe, full, encoder)
+        )
+    return result
+
+
+def _cost(recipe: Recipe, full: float, encoder: float) -> dict[str, Any]:
+    passes = step_passes(recipe)
+    return {"passes": str(passes), "gflop_per_image": passes.flops(full, encoder) / 1e9}
+
+
+HEADER = (
+    f"{'build or recipe':<26}{'passes':>12}{'ms/step':>10}{'+-':>8}{'images/s':>10}{'GiB':>7}"
+    f"{'of rate':>9}{'waits':>7}"
+)
+
+
+def row_text(title: str, row: dict[str, Any]) -> str:
+    """One line under `HEADER`."""
+    waits = "-" if row["host_waits"] is None else str(row["host_waits"])
+    return (
+        f"{title:<26}{row['passes']:>12}{row['median_ms']:>10.2f}{row['std_ms']:>8.2f}"
+        f"{row['images_per_s']:>10.1f}{row['peak_memory_gib']:>7.1f}{row['share_of_matrix_rate']:>9.1%}"
+        f"{waits:>7}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m uni3d.distillation.benchmark_step`."""
+    defaults = BenchmarkSettings()
+    parser = argparse.ArgumentParser(
+        prog="python -m uni3d.distillation.benchmark_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--network", default=defaults.network, choices=[TOY, *PRESETS])
+    parser.add_argument("--batch", type=int, default=defaults.batch_size)
+    parser.add_argument("--released-batch", type=int, default=defaults.micro_batch)
+    parser.add_argument("--build", nargs="+", default=list(defaults.builds), help="what is timed")
+    parser.add_argument("--recipe", default=defaults.recipe, choices=list(RECIPES))
+    parser.add_argument("--recipes", nargs="*", default=[], choices=[*RECIPES, "all"], help="timed as well")
+    parser.add_argument("--compile", default=defaults.compile_mode, help="mode of torch.compile, or none")
+    parser.add_argument("--precision", default=defaults.precision, choices=["bfloat16", "float32"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--warmup", type=int, default=defaults.num_warmup)
+    parser.add_argument("--repeats", type=int, default=defaults.num_repeats)
+    parser.add_argument("--matrix-size", type=int, default=defaults.matrix_size)
+    parser.add_argument("--output", type=Path, help="JSON file of all figures")
+    given = parser.parse_args(arguments)
+    settings = BenchmarkSettings(
+        network=given.network,
+        batch_size=given.batch,
+        micro_batch=given.released_batch,
+        builds=tuple(given.build),
+        recipe=given.recipe,
+        recipes=tuple(RECIPES) if "all" in given.recipes else tuple(given.recipes),
+        compile_mode=None if given.compile == "none" else given.compile,
+        precision=given.precision,
+        device=given.device,
+        num_warmup=given.warmup,
+        num_repeats=given.repeats,
+        matrix_size=given.matrix_size,
+    )
+
+    def say(line: str) -> None:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
+    result = run_benchmark(settings, report=say)
+    if given.output is not None:
+        atomic_write_json(given.output, result)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
