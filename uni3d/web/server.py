@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from uni3d.errors import MissingPackageError, Uni3DError, UsageError
 from uni3d.web.settings import WebSettings, make_private_folder
@@ -37,11 +37,20 @@ def main(arguments: Sequence[str] | None = None, *, worker_command: Sequence[str
     try:
         serve(options, worker_command)
     except KeyboardInterrupt:
-        return 0
+        _end_process(0)
+    except SystemExit as stop:
+        _end_process(stop.code if isinstance(stop.code, int) else 1)
     except Uni3DError as error:
         sys.stderr.write(f"uni3d: error: {error}\n")
         return error.exit_code
     return 0
+
+
+def _end_process(code: int) -> NoReturn:
+    """Leave at once: all is closed, but the connection of an open page would hold up Python's own way out."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def serve(options: argparse.Namespace, worker_command: Sequence[str] | None) -> None:
