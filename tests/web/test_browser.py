@@ -87,7 +87,7 @@ def _order(page: Any, prompt: str) -> None:
 
 def _wait_for(page: Any, text: str, seconds: float = 30.0) -> None:
     page.wait_for_function(
-        "text => document.querySelector('#create-status').innerText.includes(text)",
+        "text => document.querySelector('#create-status')?.innerText.includes(text)",
         arg=text,
         timeout=1000 * seconds,
     )
