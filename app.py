@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from uni3d.demo import main
+from uni3d.web.server import main
 
 if __name__ == "__main__":
     sys.exit(main())

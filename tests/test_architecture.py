@@ -45,6 +45,20 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config_values",
         *PLAIN,
     },
+    # The server takes the plain layer alone; what its worker process runs is imported inside functions.
+    "web": {
+        "config",
+        "config_loader",
+        "config_values",
+        "presets",
+        "prompts",
+        "text_to_3d",
+        "scene.camera",
+        "__version__",
+        "outputs",
+        *PLAIN,
+        *ATOMIC_WRITE,
+    },
     "distillation": {
         "losses",
         "diffusion",
@@ -82,7 +96,6 @@ COMMANDS = (
     "image_evaluation_commands",
     "sample_commands",
     "cli_parsing",
-    "demo",
 )
 PLAIN_LAYER = {
     "cli",

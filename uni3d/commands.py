@@ -157,6 +157,7 @@ OPTIONAL_PACKAGES = {
     "tinycudann": "faster encodings on a GPU: on no registry, see github.com/NVlabs/tiny-cuda-nn",
     "torch-fidelity": 'the Inception-v3 of FID: pip install "uni3d[eval]"',
     "gradio": 'the web page app.py: pip install "uni3d[demo]"',
+    "huey": 'the web page app.py: pip install "uni3d[demo]"',
 }
 NEEDED_PACKAGES = (
     "torch",

@@ -323,11 +323,21 @@ def _timed(seconds: dict[str, float], name: str) -> Any:
 # ---------------------------------------------------------------------- the command
 
 
-def generate(config: TextTo3DConfig) -> GenerateResult:
+class RunWatch:
+    """Follows a run from outside, as a web page does; whatever a method raises ends the run at once."""
+
+    def before_denoising(self) -> None:
+        """Called before every denoising step of the teacher samples that some methods start with."""
+
+    def after_step(self, optimiser: SceneOptimiser, values: Mapping[str, float]) -> None:
+        """Called after every step with its numbers; may render the field but not change it."""
+
+
+def generate(config: TextTo3DConfig, *, watch: RunWatch | None = None) -> GenerateResult:
     """Run `uni3d generate`: optimise, export, and leave one run directory.
 
     Raises UsageError for bad input before anything is written, Interrupted after a signal once the state
-    is saved.
+    is saved, and what `watch` raises.
     """
     config = _checked(config)
     device, reason = choose_device(config.device)
@@ -340,7 +350,7 @@ def generate(config: TextTo3DConfig) -> GenerateResult:
             logger.warning("%s", warning)
         optimiser = SceneOptimiser(config, teacher)
         try:
-            _optimise(optimiser, run, seconds, stop)
+            _optimise(optimiser, run, seconds, stop, watch or RunWatch())
             mesh, figures, mesh_seconds = build_mesh(optimiser)
         finally:
             optimiser.close()
@@ -384,7 +394,11 @@ def _load_teacher(config: TextTo3DConfig, device: str) -> tuple[LatentDiffusionT
 
 
 def _optimise(
-    optimiser: SceneOptimiser, run: RunDirectory, seconds: dict[str, float], stop: StopFlag
+    optimiser: SceneOptimiser,
+    run: RunDirectory,
+    seconds: dict[str, float],
+    stop: StopFlag,
+    watch: RunWatch,
 ) -> None:
     """Run the steps that are left, saving every so often; leaves by Interrupted when a signal asks."""
     config = optimiser.config
@@ -396,11 +410,16 @@ def _optimise(
         optimiser.load_state_dict(checkpoint.state)
         run.truncate_metrics(optimiser.step_index)
     else:
+
+        def before_denoising() -> None:
+            _leave_if_asked(stop, run)
+            watch.before_denoising()
+
         with _timed(seconds, "prepare"):
-            optimiser.prepare(before_step=lambda: _leave_if_asked(stop, run))
+            optimiser.prepare(before_step=before_denoising)
         store.save(0, optimiser.state_dict())
     with _timed(seconds, "optimise"):
-        _loop(optimiser, run, store, stop)
+        _loop(optimiser, run, store, stop, watch)
 
 
 def _leave_if_asked(stop: StopFlag, run: RunDirectory) -> None:
@@ -410,7 +429,9 @@ def _leave_if_asked(stop: StopFlag, run: RunDirectory) -> None:
         )
 
 
-def _loop(optimiser: SceneOptimiser, run: RunDirectory, store: CheckpointStore, stop: StopFlag) -> None:
+def _loop(
+    optimiser: SceneOptimiser, run: RunDirectory, store: CheckpointStore, stop: StopFlag, watch: RunWatch
+) -> None:
     config = optimiser.config
     with Progress(config.steps, start=optimiser.step_index, label="optimise", quiet=config.quiet) as progress:
         started = time.monotonic()
@@ -419,6 +440,7 @@ def _loop(optimiser: SceneOptimiser, run: RunDirectory, store: CheckpointStore, 
             nonlocal started
             run.log_metrics(step, {**values, "seconds": round(time.monotonic() - started, 4)})
             progress.update(loss=values.get("student_loss", 0.0))
+            watch.after_step(optimiser, values)
             started = time.monotonic()
             return not stop.is_set
 

@@ -1,0 +1,148 @@
+"""A real server in a process of its own, and visitors who talk to it over HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import uni3d
+
+_SERVE = """
+import sys
+from uni3d.web.server import main
+sys.exit(main(sys.argv[2:], worker_command=(sys.executable, sys.argv[1]) if sys.argv[1] else None))
+"""
+STUB = str(Path(__file__).with_name("stub_worker.py"))
+
+
+class Served:
+    """`app.py` on a free port; `stub` jobs take a moment and need no torch."""
+
+    def __init__(self, folder: Path, *options: str, stub: bool = True) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.folder = folder
+        self.log = folder.with_name(f"{folder.name}.log")
+        self._command = [
+            *(sys.executable, "-c", _SERVE, STUB if stub else ""),
+            *("--port", str(self.port), "--folder", str(folder)),
+            *options,
+        ]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def start(self) -> float:
+        """Start and wait for the first screen; returns the seconds until then."""
+        package = str(Path(uni3d.__file__).parents[1])
+        started = time.monotonic()
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command, env=os.environ | {"PYTHONPATH": package}, stdout=log, stderr=log
+            )
+        while time.monotonic() - started < 120:
+            try:
+                if Visitor(self).get("/")[0] == 200:
+                    return time.monotonic() - started
+            except OSError:
+                time.sleep(0.05)
+            assert self.process.poll() is None, self.log.read_text()
+        raise AssertionError(self.log.read_text())
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End the server by a signal; returns its exit code."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        try:
+            return self.process.wait(30)
+        finally:
+            self.process.kill()
+
+    def worker(self) -> int | None:
+        """The process id of the worker."""
+        assert self.process is not None
+        try:
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+            tasks = children.parents[1].glob("*/children")
+            found = [pid for task in tasks for pid in task.read_text().split()]
+        except OSError:
+            return None
+        return int(found[0]) if found else None
+
+    def __enter__(self) -> Served:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.stop()
+
+
+class Visitor:
+    """A browser without a screen: keeps its cookie and calls the events of the page."""
+
+    def __init__(self, served: Served) -> None:
+        self._port = served.port
+        self.cookie = ""
+
+    def get(
+        self,
+        path: str,
+        method: str = "GET",
+        body: bytes | None = None,
+        *,
+        content_type: str = "application/json",
+    ) -> tuple[int, bytes]:
+        """Ask for `path` exactly as it is written."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
+        connection._validate_path = lambda url: None  # type: ignore[attr-defined]
+        try:
+            headers = {"Cookie": self.cookie, "Content-Type": content_type}
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            for line in answer.headers.get_all("Set-Cookie", []):
+                self.cookie = "; ".join(filter(None, [self.cookie, line.split(";")[0]]))
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def open(self) -> Visitor:
+        assert self.get("/")[0] == 200 and self.cookie
+        return self
+
+    def call(self, event: str, *values: Any) -> list[Any]:
+        """What an event of the page answers; RuntimeError with its message where it refuses."""
+        status, answer = self.get(
+            f"/gradio_api/run/{event}", "POST", json.dumps({"data": list(values)}).encode()
+        )
+        if status != 200:
+            raise RuntimeError(f"{status}: {answer[:500].decode(errors='replace')}")
+        return json.loads(answer)["data"]
+
+    def submit(self, prompt: str, method: str = "sds", seed: int = 0, **fields: Any) -> str:
+        """Order a mesh; returns the id of the job."""
+        quality = fields.get("quality", "draft")
+        answer = self.call("submit", prompt, "", method, None, "embedded", seed, False, quality)
+        if answer[0]:
+            raise RuntimeError(answer[0])
+        return answer[2]
+
+    def status(self, job_id: str) -> str:
+        """The words of the status box, without the tags."""
+        box = self.call("progress", job_id, "")[2]
+        return " ".join(re.sub(r"<[^>]*>", " ", box if isinstance(box, str) else str(box)).split())
+
+    def is_finished(self, job_id: str) -> bool:
+        return re.match(r"Done|Cancelled|This job failed", self.status(job_id)) is not None
