@@ -151,22 +151,25 @@ class ViewBatch:
         """
         num, _, height, width = self.images.shape
         each = (height // size) * (width // size)
-        images, alpha = self.images.repeat(each, 1, 1, 1), self.alpha.repeat(each, 1, 1, 1)
-        draw = torch.rand(alpha.shape, device=alpha.device, generator=generator)
-        pixel = (draw * (alpha + 1e-3)).flatten(1).argmax(dim=1)
-        jitter = torch.rand(2, num * each, device=alpha.device, generator=generator) - 0.5
+        device = self.alpha.device
+        draw = torch.rand(each, num, height * width, device=device, generator=generator)
+        pixel = (draw * (self.alpha.flatten(1) + 1e-3)).argmax(dim=2).flatten()
+        jitter = torch.rand(2, num * each, device=device, generator=generator) - 0.5
         shift = (jitter * (size // 2)).long()
         top = (pixel // width - size // 2 + shift[0]).clamp(0, height - size)
         left = (pixel % width - size // 2 + shift[1]).clamp(0, width - size)
-        side = torch.arange(size, device=alpha.device)
+        side = torch.arange(size, device=device)
         rows, columns = (top[:, None] + side)[:, :, None], (left[:, None] + side)[:, None, :]
-        which = torch.arange(num * each, device=alpha.device)[:, None, None]
+        which = torch.arange(num, device=device).repeat(each)[:, None, None]
 
         def cut(pixels: Tensor) -> Tensor:
             return pixels.permute(0, 2, 3, 1)[which, rows, columns].permute(0, 3, 1, 2).contiguous()
 
         return ViewBatch(
-            cut(images), cut(alpha), self.token_ids.repeat(each, 1), self.conditioning.repeat(each, 1)
+            cut(self.images),
+            cut(self.alpha),
+            self.token_ids.repeat(each, 1),
+            self.conditioning.repeat(each, 1),
         )
 
     def part(self, rows: slice) -> ViewBatch:
