@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -53,19 +53,9 @@ def train_teacher(arguments: Sequence[str]) -> int:
     default = TrainTeacherOptions(output=tyro.MISSING, settings=settings)
     options = parse_flags(TrainTeacherOptions, arguments, command="train-teacher", default=default)
     _check(options)
-    from uni3d.distillation.teacher_training import train_teacher as run
+    from uni3d.distillation.teacher_training import train_teacher as program
 
-    with results_only() as stdout:
-        result = run(
-            options.settings,
-            options.output,
-            resume=options.resume,
-            accept_changes=options.accept_changes,
-            quiet=options.quiet,
-        )
-        if _is_main():
-            stdout.write(_result_text(result, "train-teacher", options))
-    return 0
+    return _run(program, options, "train-teacher")
 
 
 @dataclass(frozen=True)
@@ -101,10 +91,15 @@ def distill(arguments: Sequence[str]) -> int:
         raise UsageError(
             "no teacher was given; pass --teacher with RUN/teacher of train-teacher, or what import-edm wrote"
         )
-    from uni3d.distillation.student_training import distill as run
+    from uni3d.distillation.student_training import distill as program
 
+    return _run(program, options, "distill")
+
+
+def _run(program: Callable[..., Any], options: TrainTeacherOptions | DistillOptions, command: str) -> int:
+    """Run a training program as the options say and print where it ended."""
     with results_only() as stdout:
-        result = run(
+        result = program(
             options.settings,
             options.output,
             resume=options.resume,
@@ -112,7 +107,7 @@ def distill(arguments: Sequence[str]) -> int:
             quiet=options.quiet,
         )
         if _is_main():
-            stdout.write(_result_text(result, "distill", options))
+            stdout.write(_result_text(result, command, options))
     return 0
 
 

@@ -7,6 +7,7 @@ a function of the number of steps alone, so it does not matter when a run was sa
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import time
@@ -141,32 +142,32 @@ def run_training(
     config_text: str,
     network_name: str,
     processes: Processes,
-    stop: StopFlag,
     started_s: float,
     quiet: bool = False,
 ) -> TrainingResult:
-    """Train to the end of the run or of the session; see the module for what is left behind.
+    """Train to the end of the run or of the session, and close `program`; see the module for what is left.
 
     Raises Interrupted after saving when a signal arrived, and TrainingDiverged when no step has an effect.
     """
-    step, elapsed_s = 0, 0.0
-    if checkpoint is not None:
-        program.load_state(checkpoint.state["program"])
-        step, elapsed_s = checkpoint.step, float(checkpoint.state["elapsed_s"])
-        logger.info("going on after step %d of %d", step, config.num_steps)
-    if not processes.is_main:
-        return _follow(program, config, step, processes, folder.path / network_name)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with RunDirectory(folder.path) as run:
-        run.write_config(config_text)
-        run.truncate_metrics(step)
-        session = _Session(program, config, run, store, network_name, elapsed_s)
-        deadline_s = None if config.max_minutes is None else started_s + 60 * config.max_minutes
-        try:
-            with Progress(config.num_steps, start=step, label=program.command, quiet=quiet) as progress:
-                return session.train(step, processes, stop, deadline_s, progress)
-        finally:
-            session.board.close()
+    with StopFlag() as stop, contextlib.closing(program):
+        step, elapsed_s = 0, 0.0
+        if checkpoint is not None:
+            program.load_state(checkpoint.state["program"])
+            step, elapsed_s = checkpoint.step, float(checkpoint.state["elapsed_s"])
+            logger.info("going on after step %d of %d", step, config.num_steps)
+        if not processes.is_main:
+            return _follow(program, config, step, processes, folder.path / network_name)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with RunDirectory(folder.path) as run:
+            run.write_config(config_text)
+            run.truncate_metrics(step)
+            session = _Session(program, config, run, store, network_name, elapsed_s)
+            deadline_s = None if config.max_minutes is None else started_s + 60 * config.max_minutes
+            try:
+                with Progress(config.num_steps, start=step, label=program.command, quiet=quiet) as progress:
+                    return session.train(step, processes, stop, deadline_s, progress)
+            finally:
+                session.board.close()
 
 
 def _follow(

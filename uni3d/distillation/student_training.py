@@ -67,7 +67,6 @@ from uni3d.losses.recipe import Recipe
 from uni3d.training.devices import choose_device
 from uni3d.training.processes import Processes, joined_processes
 from uni3d.training.seeds import mix_seeds
-from uni3d.training.stop import StopFlag
 
 logger = logging.getLogger(__name__)
 
@@ -413,23 +412,18 @@ def distill(
             initial_student=initial,
             teacher_digest=digest,
         )
-        with StopFlag() as stop:
-            try:
-                return run_training(
-                    program,
-                    config.run,
-                    folder,
-                    store=store,
-                    checkpoint=checkpoint,
-                    config_text=config_to_yaml(config),
-                    network_name="student",
-                    processes=processes,
-                    stop=stop,
-                    started_s=started_s,
-                    quiet=quiet,
-                )
-            finally:
-                program.close()
+        return run_training(
+            program,
+            config.run,
+            folder,
+            store=store,
+            checkpoint=checkpoint,
+            config_text=config_to_yaml(config),
+            network_name="student",
+            processes=processes,
+            started_s=started_s,
+            quiet=quiet,
+        )
 
 
 def _initial_student(config: DistillConfig, teacher: EDMDenoiser) -> tuple[EDMDenoiser | None, str | None]:

@@ -45,7 +45,6 @@ from uni3d.losses.per_sample import over_elements
 from uni3d.training.devices import choose_device
 from uni3d.training.processes import Processes, joined_processes
 from uni3d.training.seeds import mix_seeds
-from uni3d.training.stop import StopFlag
 
 logger = logging.getLogger(__name__)
 
@@ -201,20 +200,15 @@ def train_teacher(
         facts = {"images": facts_of(dataset), "teacher_network": network.as_dict()}
         store, checkpoint = folder.load(fingerprint(config, facts), config.run.keep_checkpoints)
         program = TeacherTraining(config, network, dataset, device=device, processes=processes)
-        with StopFlag() as stop:
-            try:
-                return run_training(
-                    program,
-                    config.run,
-                    folder,
-                    store=store,
-                    checkpoint=checkpoint,
-                    config_text=config_to_yaml(config),
-                    network_name="teacher",
-                    processes=processes,
-                    stop=stop,
-                    started_s=started_s,
-                    quiet=quiet,
-                )
-            finally:
-                program.close()
+        return run_training(
+            program,
+            config.run,
+            folder,
+            store=store,
+            checkpoint=checkpoint,
+            config_text=config_to_yaml(config),
+            network_name="teacher",
+            processes=processes,
+            started_s=started_s,
+            quiet=quiet,
+        )
