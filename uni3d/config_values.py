@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from uni3d.errors import ConfigError
 
@@ -102,6 +103,17 @@ def check_range(key: str, value: float, low: float, high: float) -> None:
     """Raise ConfigError unless low <= value <= high (so NaN is refused)."""
     if not low <= value <= high:
         raise ConfigError(f"{key} is {str(value)[:40]}; expected a number from {low:g} to {high:g}")
+
+
+def check_ranges(group: str, settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raise ConfigError for a number outside its range, in tuples too, and for an empty tuple."""
+    for key, (low, high) in ranges.items():
+        value: Any = getattr(settings, key)
+        if value == ():
+            raise ConfigError(f"{group}{key} is empty; expected at least one number")
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None:
+                check_range(f"{group}{key}", number, low, high)
 
 
 def check_pair(key: str, pair: tuple[float, float], low: float, high: float) -> None:

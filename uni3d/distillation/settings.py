@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from uni3d.config_values import MAX_SEED, METHOD_NAMES, check_name, check_range, parse_divergence
+from uni3d.config_values import MAX_SEED, METHOD_NAMES, check_name, check_ranges, parse_divergence
 from uni3d.diffusion.edm_config import Body, EDMConfig, preset
 from uni3d.errors import ConfigError
 
@@ -40,17 +40,6 @@ IMAGE_METHODS: tuple[str, ...] = (
 assert set(IMAGE_METHODS) <= set(METHOD_NAMES)
 
 
-def _check_ranges(group: str, settings: object, ranges: Mapping[str, Range]) -> None:
-    """Raise ConfigError for a number outside its range, in tuples too, and for an empty tuple."""
-    for key, (low, high) in ranges.items():
-        value: Any = getattr(settings, key)
-        if value == ():
-            raise ConfigError(f"{group}{key} is empty; expected at least one number")
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is not None:
-                check_range(f"{group}{key}", number, low, high)
-
-
 @dataclass(frozen=True)
 class ImageDataConfig:
     """The images: where they are and how they are varied."""
@@ -71,7 +60,7 @@ class ImageDataConfig:
     """Keep all images on the device if they need no more than this; else decode them as they are drawn."""
 
     def __post_init__(self) -> None:
-        _check_ranges("data.", self, {"num_workers": (1, 1024), "max_resident_mib": (0, 1e9)})
+        check_ranges("data.", self, {"num_workers": (1, 1024), "max_resident_mib": (0, 1e9)})
 
 
 @dataclass(frozen=True)
@@ -102,7 +91,7 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if self.preset is not None:
             preset(self.preset)
-        _check_ranges(
+        check_ranges(
             "network.",
             self,
             {
@@ -167,7 +156,7 @@ class OptimiserConfig:
     """Largest norm of a gradient; 0 leaves it as it is."""
 
     def __post_init__(self) -> None:
-        _check_ranges(
+        check_ranges(
             "optimiser.",
             self,
             {
@@ -192,7 +181,7 @@ class AverageConfig:
     """The half-life is at most this fraction of the images seen so far; 0 takes it whole from the start."""
 
     def __post_init__(self) -> None:
-        _check_ranges("average.", self, {"half_life_images": (1, 1e12), "ramp_up": (0, 1)})
+        check_ranges("average.", self, {"half_life_images": (1, 1e12), "ramp_up": (0, 1)})
 
 
 @dataclass(frozen=True)
@@ -225,7 +214,7 @@ class RunConfig:
     """Save and stop after so many minutes of this session; null goes on to the end."""
 
     def __post_init__(self) -> None:
-        _check_ranges(
+        check_ranges(
             "run.",
             self,
             {
@@ -276,7 +265,7 @@ class LognormalConfig:
     """P_std."""
 
     def __post_init__(self) -> None:
-        _check_ranges("noise.", self, {"mean": (-20, 20), "std": (1e-6, 20)})
+        check_ranges("noise.", self, {"mean": (-20, 20), "std": (1e-6, 20)})
 
 
 @dataclass(frozen=True)
@@ -314,7 +303,7 @@ class SigmaLawConfig:
     published, which rarely shows them the high levels that the student asks about; or half of each."""
 
     def __post_init__(self) -> None:
-        _check_ranges(
+        check_ranges(
             "noise.",
             self,
             {
@@ -387,7 +376,7 @@ class MethodConfig:
         for text in (self.divergence, self.first_stage_divergence):
             if text is not None:
                 parse_divergence(text)
-        _check_ranges(
+        check_ranges(
             "method.",
             self,
             {
@@ -432,7 +421,7 @@ class CompanionsConfig:
     """Width of the discriminator's head."""
 
     def __post_init__(self) -> None:
-        _check_ranges(
+        check_ranges(
             "companions.",
             self,
             {
@@ -471,4 +460,4 @@ class DistillConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(total_images=300_000_000, batch=256))
 
     def __post_init__(self) -> None:
-        _check_ranges("", self, {"sigma_init": (1e-3, 1e3), "dropout": _SHARE})
+        check_ranges("", self, {"sigma_init": (1e-3, 1e3), "dropout": _SHARE})

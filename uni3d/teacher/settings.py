@@ -6,11 +6,10 @@ together; a schedule is driven by minutes where `planned_minutes` is set and by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from uni3d.config_values import MAX_SEED, check_range
+from uni3d.config_values import MAX_SEED, check_ranges
 from uni3d.errors import ConfigError
 
 Range = tuple[float, float]
@@ -18,17 +17,6 @@ _SHARE: Range = (0, 1)
 _COUNT: Range = (1, 1e9)
 _WEIGHT: Range = (0, 1e6)
 _MINUTES: Range = (0.001, 1e6)
-
-
-def _check_ranges(group: str, settings: object, ranges: Mapping[str, Range]) -> None:
-    """Raise ConfigError for a number outside its range, in tuples too, and for an empty tuple."""
-    for key, (low, high) in ranges.items():
-        value: Any = getattr(settings, key)
-        if value == ():
-            raise ConfigError(f"{group}{key} is empty; expected at least one number")
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is not None:
-                check_range(f"{group}{key}", number, low, high)
 
 
 def _check_multiple(key: str, value: int, divisor_key: str, divisor: int) -> None:
@@ -71,7 +59,7 @@ class TeacherDataConfig:
     def __post_init__(self) -> None:
         if not self.roles:
             raise ConfigError("data.roles is empty; expected at least one role, such as teacher")
-        _check_ranges(
+        check_ranges(
             "data.",
             self,
             {
@@ -129,7 +117,7 @@ class AutoencoderConfig:
     """torch.compile; it seldom pays within a few minutes."""
 
     def __post_init__(self) -> None:
-        _check_ranges(
+        check_ranges(
             "autoencoder.",
             self,
             {
@@ -225,7 +213,7 @@ class DenoiserConfig:
     """torch.compile of the UNet on a GPU; falls back to plain execution, and says so, when it fails."""
 
     def __post_init__(self) -> None:
-        _check_ranges(
+        check_ranges(
             "denoiser.",
             self,
             {
@@ -311,7 +299,7 @@ class TeacherConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
 
     def __post_init__(self) -> None:
-        _check_ranges(
+        check_ranges(
             "",
             self,
             {
