@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import types
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import trimesh
 from torch import Tensor
 
-from uni3d.errors import UsageError
+from uni3d.errors import MissingPackageError, UsageError
+from uni3d.mesh import rasteriser_benchmark
 from uni3d.mesh.rasteriser import Fragments, antialias, choose_backend, interpolate, mesh_edges, rasterise
 from uni3d.mesh.raycaster import Raycaster
 from uni3d.mesh.renderable import Material, RenderableMesh
+from uni3d.mesh.surface import open_edge_count, signed_volumes
 from uni3d.scene.camera import Cameras
 
 CAMERAS = Cameras.from_lists([33.0, -140.0], [21.0, -8.0])
@@ -231,3 +238,56 @@ def test_the_backend_is_chosen_with_a_reason() -> None:
     assert choose_backend("auto", torch.device("cuda"))[0] in ("torch", "triton")
     fragments = rasterise(*bumpy_sphere(0), CAMERAS, 8, 8)
     assert isinstance(fragments, Fragments) and fragments.backend == "torch"
+
+
+def test_nvdiffrast_is_imported_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error without it names the licence; with it, its faces are used. A stand-in fills in for it that
+    puts the one face of the test where its clip coordinates say."""
+    vertices = torch.tensor([[-0.5, 0.1, 0.0], [0.1, 0.1, 0.0], [-0.2, 0.6, 0.0]])
+    faces = torch.tensor([[0, 1, 2]])
+    expected = rasterise(vertices, faces, CAMERAS, 24, 32)
+    monkeypatch.setitem(sys.modules, "nvdiffrast.torch", None)
+    with pytest.raises(MissingPackageError, match="non-commercial"):
+        rasterise(vertices, faces, CAMERAS, 24, 32, backend="nvdiffrast")
+
+    def clip_space_rasterise(
+        _: object, clip: Tensor, faces: Tensor, resolution: list[int], **__: object
+    ) -> tuple[Tensor, None]:
+        height, width = resolution
+        scale = torch.tensor([width / 2, height / 2])
+        points = (clip[..., :2] / clip[..., 3:] + 1)[:, faces[0].long()] * scale
+        assert (clip[..., 2].abs() < clip[..., 3]).all()
+        y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+        start, step = points[:, :, None, None], (points.roll(-1, 1) - points)[:, :, None, None]
+        sides = step[..., 0] * (y - start[..., 1]) - step[..., 1] * (x - start[..., 0])
+        is_inside = (sides >= 0).all(1) | (sides <= 0).all(1)
+        return torch.stack([torch.zeros_like(x).expand(2, -1, -1)] * 3 + [is_inside.float()], dim=-1), None
+
+    stand_in = types.ModuleType("nvdiffrast.torch")
+    stand_in.RasterizeCudaContext = lambda device: None  # type: ignore[attr-defined]
+    stand_in.rasterize = clip_space_rasterise  # type: ignore[attr-defined]
+    package = types.ModuleType("nvdiffrast")
+    package.torch = stand_in  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nvdiffrast", package)
+    monkeypatch.setitem(sys.modules, "nvdiffrast.torch", stand_in)
+    got = rasterise(vertices, faces, CAMERAS, 24, 32, backend="nvdiffrast")
+    assert (expected.face == 0).sum() > 20
+    assert torch.equal(got.face, expected.face)
+    torch.testing.assert_close(got.depth, expected.depth)
+
+
+def test_the_benchmark_says_what_a_step_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "figures.json"
+    arguments = ["--device", "cpu", "--size", "16", "--triangles", "200", "--repeats", "2"]
+    assert rasteriser_benchmark.main([*arguments, "--output", str(output)]) == 0
+    figures = json.loads(output.read_text())
+    assert 150 < figures["num_triangles"] < 250 and figures["backend"]["name"] == "torch"
+    assert 0 < figures["min_ms"] <= figures["median_ms"] and figures["peak_memory_mib"] > 0
+    assert sum(figures["parts_min_ms"].values()) <= figures["min_ms"] * 1.001
+    assert f"{figures['num_triangles']} triangles" in capsys.readouterr().out
+
+
+def test_the_benchmark_mesh_is_closed() -> None:
+    vertices, faces = rasteriser_benchmark.bumpy_sphere(500)
+    assert open_edge_count(faces.numpy()) == 0
+    assert signed_volumes(vertices.numpy(), faces.numpy()).sum() > 0

@@ -1,6 +1,8 @@
-"""The Triton kernels against their torch twins: compiled on a CUDA device, by Triton's interpreter without (see conftest.py).
+"""The Triton kernels against their torch twins: compiled on a CUDA device, interpreted without.
 
-Both must see the same faces and mark the same edges, so images and gradients agree to rounding.
+
+tests/conftest.py turns on Triton's interpreter. Both must see the same faces and mark the same edges, so that
+images and gradients agree to rounding.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def mesh_of(mesh: trimesh.Trimesh) -> tuple[Tensor, Tensor]:
 
 def crowd() -> tuple[Tensor, Tensor]:
     """Small triangles before large ones, a floor that reaches behind the camera, and broken faces."""
-    sphere, sphere_faces = mesh_of(trimesh.creation.icosphere(subdivisions=2, radius=0.4))
+    sphere, sphere_faces = mesh_of(trimesh.creation.icosphere(subdivisions=1, radius=0.4))
     box, box_faces = mesh_of(trimesh.creation.box([1.1, 0.4, 0.7]))
     floor = [[-9.0, -0.6, -9.0], [9.0, -0.6, -9.0], [0.0, -0.6, 9.0], [torch.nan, 0.0, 0.0]]
     sphere = sphere * (1 + 0.2 * torch.sin(9 * sphere).prod(dim=1, keepdim=True))
@@ -58,11 +60,10 @@ def results(vertices: Tensor, faces: Tensor, backend: str, height: int, width: i
     }
 
 
-@pytest.mark.parametrize(("height", "width"), [(24, 24), (18, 30)])
-def test_images_and_gradients_are_those_of_torch(height: int, width: int) -> None:
+def test_images_and_gradients_are_those_of_torch() -> None:
     vertices, faces = crowd()
-    expected = results(vertices, faces, "torch", height, width)
-    got = results(vertices, faces, "triton", height, width)
+    expected = results(vertices, faces, "torch", 18, 28)
+    got = results(vertices, faces, "triton", 18, 28)
     assert (expected["face"] >= 0).float().mean() > 0.3
     assert (got["image"] - got["image"].round()).abs().max() > 0.1
     for name, value in expected.items():
@@ -84,5 +85,5 @@ def test_silhouette_edges_are_those_of_torch() -> None:
             )
             for passes in (rasteriser_torch, rasteriser_triton)
         ]
-        assert (found[0] >= 0).sum() > 20
+        assert (found[0] >= 0).sum() > 10
         assert torch.equal(found[0], found[1])

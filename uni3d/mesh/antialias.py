@@ -61,7 +61,8 @@ def blend_silhouettes(
     the viewing axis, infinite where there is no face; passes: the module that finds `crossing_edges`.
     """
     # Columns are the rows of the transposed picture.
-    swapped = projected[..., [1, 0, 2]]
+    x, y, depth = projected.unbind(-1)
+    swapped = torch.stack([y, x, depth], dim=-1)
     along_rows = _row_changes(image, projected, edges, face, view_depth, passes, wins_ties=True)
     along_columns = _row_changes(
         image.transpose(2, 3),

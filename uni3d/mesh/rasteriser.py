@@ -179,8 +179,8 @@ def _passes(backend: str) -> ModuleType:
             from uni3d.mesh import rasteriser_triton as passes
         except ImportError as error:
             raise MissingPackageError(
-                "the rasteriser triton needs the package triton, which comes with CUDA builds of torch; install "
-                "it or use torch"
+                "the rasteriser triton needs the package triton, which comes with CUDA builds of torch; "
+                "install it or use torch"
             ) from error
     else:
         from uni3d.mesh import rasteriser_nvdiffrast as passes

@@ -7,6 +7,9 @@ works off by many lanes per triangle. The host never waits for the device. Legen
 faces, E edges, H W pixels.
 """
 
+# Triton annotates what a kernel sees, not what its caller passes; and it comes with CUDA builds of torch only.
+# pyright: reportArgumentType=false, reportMissingImports=false
+
 from __future__ import annotations
 
 import torch
@@ -69,7 +72,7 @@ def crossing_edges(
 def _check_device(projected: Tensor) -> None:
     if projected.device.type != "cuda" and not _IS_INTERPRETED:
         raise UsageError(
-            f"the rasteriser triton needs the mesh on a CUDA device, got {projected.device}; use torch or auto"
+            f"the rasteriser triton needs a mesh on a CUDA device, got {projected.device}; use torch"
         )
 
 
@@ -150,10 +153,11 @@ def _mark_pixels(
     depth = (first * aw + second * bw + third * cw) / tl.where(is_inside, total, 1.0)
     pixel = (camera.to(tl.int64) * height + y) * width + x
     key = (depth.to(tl.int32, bitcast=True).to(tl.int64) << 32) | face.to(tl.int64)
-    tl.atomic_min(keys + pixel, key, mask=is_inside & (depth > _NEAR))
+    tl.atomic_min(keys + pixel, key, mask=is_inside & (depth > _NEAR), sem="relaxed")
 
 
-@triton.jit
+# Counts change whenever the mesh does, which is no reason to compile again: hence do_not_specialize.
+@triton.jit(do_not_specialize=["num_vertices", "num_faces", "num_items"])
 def _small_faces(
     projected, faces, num_vertices, num_faces, num_items, height, width, keys, queue, queue_length,
     LANES: tl.constexpr, LIMIT: tl.constexpr,
@@ -166,7 +170,7 @@ def _small_faces(
     left, top, columns, rows = _bounding_box(ax, ay, aw, bx, by, bw, cx, cy, cw, height, width)
     count = tl.where(is_item, columns * rows, 0)
     is_large = count > LIMIT
-    slot = tl.atomic_add(queue_length + tl.zeros_like(item), 1, mask=is_large)
+    slot = tl.atomic_add(queue_length + tl.zeros_like(item), 1, mask=is_large, sem="relaxed")
     tl.store(queue + slot, item, mask=is_large)
     count = tl.where(is_large, 0, count)
     columns = tl.maximum(columns, 1)
@@ -178,7 +182,7 @@ def _small_faces(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_vertices", "num_faces"])
 def _large_faces(
     projected, faces, num_vertices, num_faces, height, width, keys, queue, queue_length,
     TILE: tl.constexpr, READERS: tl.constexpr, STRIDE: tl.constexpr,
@@ -207,7 +211,7 @@ def _before_near_plane(ay, aw, by, bw):
     return (ay + share * (by - ay)) / (aw + share * (bw - aw))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_vertices", "num_edges", "num_items"])
 def _crossing_edges(
     projected, ends, opposite, num_vertices, num_edges, num_items, face, depth, height, width, keys,
     LANES: tl.constexpr, WINS_TIES: tl.constexpr,
@@ -258,4 +262,4 @@ def _crossing_edges(
         beyond = x - 0.5 - column
         left_over = tl.maximum(tl.where(left_is_nearer, 1 - beyond, beyond), 0.0)
         key = (left_over.to(tl.int32, bitcast=True).to(tl.int64) << 32) | edge
-        tl.atomic_min(keys + left, key, mask=is_hit)
+        tl.atomic_min(keys + left, key, mask=is_hit, sem="relaxed")
