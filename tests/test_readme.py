@@ -63,7 +63,7 @@ def test_requirements_are_what_pyproject_says() -> None:
     assert PROJECT["optional-dependencies"]["cuda"] == ["nerfacc==0.5.3"]
 
 
-# What a module is called on the registry, where that differs; None is on no registry and found by probing.
+# What brings a module, where its name differs; None is on no registry and found by probing.
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "yaml": "pyyaml",
@@ -72,7 +72,9 @@ DISTRIBUTIONS = {
     "huggingface_hub": "diffusers",
     "starlette": "gradio",
     "imageio_ffmpeg": "imageio-ffmpeg",
+    "triton": "torch",
     "tinycudann": None,
+    "nvdiffrast": None,
 }
 
 
