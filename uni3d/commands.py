@@ -163,6 +163,7 @@ OPTIONAL_PACKAGES = {
     "torch-fidelity": 'the Inception-v3 of FID: pip install "uni3d[eval]"',
     "gradio": 'the web page app.py: pip install "uni3d[demo]"',
     "huey": 'the web page app.py: pip install "uni3d[demo]"',
+    "usd-core": '.usdz files: pip install "uni3d[usd]"',
 }
 NEEDED_PACKAGES = (
     "torch",

@@ -14,7 +14,7 @@ import trimesh
 from painted_box import CENTRE, HALF_SIZES, SIDE_COLOURS
 
 from uni3d.errors import Uni3DError, UsageError
-from uni3d.mesh import export
+from uni3d.mesh import glb_writer
 from uni3d.mesh.export import write_glb, write_mesh, write_obj, write_ply
 from uni3d.mesh.gltf_validator import validate_glb, validator_package
 from uni3d.mesh.raycaster import Raycaster, load_renderable
@@ -45,7 +45,7 @@ def test_every_side_has_its_colour(box_mesh: TexturedMesh, tmp_path: Path, suffi
         np.testing.assert_allclose(middle, SIDE_COLOURS[side].expand(25, 3).numpy(), atol=0.02)
 
 
-@pytest.mark.parametrize("suffix", [".glb", ".obj", ".ply"])
+@pytest.mark.parametrize("suffix", [".glb", ".obj", ".ply", ".stl"])
 def test_others_read_the_same_geometry(box_mesh: TexturedMesh, tmp_path: Path, suffix: str) -> None:
     path = write_mesh(box_mesh, tmp_path / f"box{suffix}", EXTRAS)
     loaded = trimesh.load(path, force="mesh")
@@ -179,7 +179,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 
 
 def test_unknown_suffixes_are_refused(box_mesh: TexturedMesh, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"use \.glb, \.obj or \.ply"):
+    with pytest.raises(UsageError, match=r"use \.glb, \.obj, \.ply, \.stl, \.usdz"):
         write_mesh(box_mesh, tmp_path / "box.fbx")
 
 
@@ -219,7 +219,7 @@ def test_long_indices_are_used_for_many_vertices() -> None:
         np.zeros((64, 64, 3), np.uint8),
     )
     assert len(mesh.vertices) > 65535
-    content = export._glb_bytes(mesh, b"", "image/png", name="ball", unlit=True, extras={})
+    content = glb_writer._glb_bytes(mesh, b"", "image/png", name="ball", unlit=True, extras={})
     document = json.loads(content[20 : 20 + int.from_bytes(content[12:16], "little")])
     assert document["accessors"][3]["componentType"] == 5125
     offset = 28 + int.from_bytes(content[12:16], "little") + document["bufferViews"][3]["byteOffset"]
