@@ -141,7 +141,7 @@ def render(
         )
         points = along(origins, directions, ray_index, distances)
     segments = Segments.from_ray_index(ray_index, origins.shape[0])
-    density, colour = _evaluate_within_budget(field, points, segments, max_samples, generator)
+    density, colour = evaluate_within_budget(field, points, segments, max_samples, generator)
     normals = field.normals(points) if with_normals else None
     features = colour if normals is None else torch.cat([colour, normals], dim=1)
     weights, sums = composite(density * step, features, distances, segments)
@@ -222,7 +222,7 @@ def _live_samples_of_chunk(
     return ray_index[is_lit], distances[is_lit]
 
 
-def _evaluate_within_budget(
+def evaluate_within_budget(
     field: Field,
     points: Tensor,
     segments: Segments,
