@@ -153,7 +153,8 @@ class DoctorOptions:
 
 
 OPTIONAL_PACKAGES = {
-    "nerfacc": 'faster rendering on a GPU: pip install "uni3d[cuda]"',
+    "triton": "rendering on a GPU: comes with torch's CUDA builds for Linux",
+    "nerfacc": 'another renderer for GPUs: pip install "uni3d[cuda]"',
     "tinycudann": "faster encodings on a GPU: on no registry, see github.com/NVlabs/tiny-cuda-nn",
     "torch-fidelity": 'the Inception-v3 of FID: pip install "uni3d[eval]"',
     "gradio": 'the web page app.py: pip install "uni3d[demo]"',

@@ -178,6 +178,7 @@ def test_nothing_waits_and_no_host_data_is_copied(encoding: str) -> None:
             generator=_generator(),
             occupancy=occupancy,
             kernels="torch",
+            with_normals=True,
         )
         output.image.sum().backward()
     shape = output.samples.weights.shape
