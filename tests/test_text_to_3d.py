@@ -109,6 +109,26 @@ def test_the_field_waits_a_tenth_of_a_run_at_most(teacher: LatentDiffusionTeache
     optimiser.close()
 
 
+@pytest.mark.parametrize(("num_fake", "num_discriminator"), [(3, 2), (0, 1), (1, 0)])
+def test_each_critic_takes_its_own_number_of_updates(
+    num_fake: int, num_discriminator: int, teacher: LatentDiffusionTeacher
+) -> None:
+    config = _config(
+        fake_score=FakeScoreConfig(lora_rank=2, warmup_steps=0, updates_per_step=num_fake),
+        discriminator=DiscriminatorConfig(
+            num_real_samples=2, sampling_steps=1, updates_per_step=num_discriminator
+        ),
+    )
+    optimiser = SceneOptimiser(config, teacher)
+    optimiser.prepare()
+    for _ in range(2):
+        assert optimiser.step().finite
+    for name, wanted in (("fake_optimiser", num_fake), ("discriminator_optimiser", num_discriminator)):
+        counts = {int(state["step"]) for state in optimiser.state_dict()[name]["state"].values()}
+        assert counts == ({2 * wanted} if wanted else set())
+    optimiser.close()
+
+
 @pytest.mark.parametrize("variant", ["integral", "exact", "four_term", "detached"])
 def test_every_variant_moves_the_field(variant: Any, teacher: LatentDiffusionTeacher) -> None:
     guidance = GuidanceConfig(views_per_step=2, variant=variant, adversarial_weight=1e-4)

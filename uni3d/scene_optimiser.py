@@ -12,34 +12,35 @@ and restored on the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from uni3d.config import TextTo3DConfig
 from uni3d.config_values import Schedule, value_at
-from uni3d.diffusion.discriminator import DiscriminatorHead
-from uni3d.diffusion.lora_score import LoRAFakeScore
 from uni3d.diffusion.prompt import PromptContexts
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import ConfigError
 from uni3d.losses import recipes
-from uni3d.losses.discriminator import RatioNormaliser
 from uni3d.scene.backgrounds import random_backgrounds, random_greys
 from uni3d.scene.camera import Cameras, sample_orbit_cameras
 from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.radiance_field import RadianceField
 from uni3d.scene.regularisers import opacity_entropy, opacity_sparsity, total_variation
 from uni3d.scene.renderer import RenderOutput, render
-from uni3d.training.guidance import GuidanceLosses, RealLatents, ScoreDistillation
+from uni3d.training.descent import descend
+from uni3d.training.distiller import Distiller
+from uni3d.training.guidance import GuidanceLosses
 
 # psi = 1 / (1 + r) is bounded and stays near one while the discriminator still tells every render from a
 # sample;
 # forward KL's psi = r starves the student there.
 DEFAULT_DIVERGENCE = "softened_reverse_kl"
+# Images [B, 3, H, W] with their cameras' conditioning [B, K] and view words.
+View = tuple[Tensor, Tensor, Sequence[str]]
 WHITE = 0.95
 GREY = 0.5
 
@@ -66,9 +67,8 @@ class SceneOptimiser:
         self.device = teacher.device
         self.step_index = 0
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.recipe = resolve_recipe(config)
         self._build_scene()
-        self._build_guidance()
+        self.distiller = self._build_distiller()
         self._follow_schedules()
 
     # ------------------------------------------------------------------ construction
@@ -88,77 +88,45 @@ class SceneOptimiser:
             self.field.parameter_groups(rates), betas=(0.9, 0.99), eps=1e-15, fused=True
         )
 
-    def _build_guidance(self) -> None:
+    def _build_distiller(self) -> Distiller:
         config = self.config
-        self.contexts = PromptContexts.encode(
+        contexts = PromptContexts.encode(
             self.teacher,
             config.prompt,
             config.negative_prompt,
             use_view_words=config.guidance.view_prompts,
             use_camera=config.guidance.camera_token,
         )
-        self.fake_score: LoRAFakeScore | None = None
-        self.fake_optimiser: torch.optim.Optimizer | None = None
-        if self.recipe.needs_fake_score:
-            self.fake_score = LoRAFakeScore(
-                self.teacher, rank=config.fake_score.lora_rank, generator=self.generator
-            )
-            self.fake_optimiser = torch.optim.AdamW(
-                self.fake_score.parameters(), lr=config.fake_score.learning_rate, weight_decay=0.0, fused=True
-            )
-        self.discriminator: DiscriminatorHead | None = None
-        self.normaliser: RatioNormaliser | None = None
-        self.real_latents: RealLatents | None = None
-        self.discriminator_optimiser: torch.optim.Optimizer | None = None
-        self.distillation: ScoreDistillation | None = None
+        return Distiller(
+            self.teacher,
+            contexts,
+            resolve_recipe(config),
+            lora_rank=config.fake_score.lora_rank,
+            fake_score_learning_rate=config.fake_score.learning_rate,
+            fake_score_updates=config.fake_score.updates_per_step,
+            discriminator_learning_rate=config.discriminator.learning_rate,
+            discriminator_updates=config.discriminator.updates_per_step,
+            max_log_ratio=config.discriminator.max_log_ratio,
+            generator=self.generator,
+        )
 
     def prepare(self, *, before_step: Callable[[], object] | None = None) -> None:
-        """Draw the teacher samples that a discriminator needs and connect the parts; once, before the
-        first step. `before_step` is called before every denoising step and may raise, to leave in between."""
-        if self.recipe.needs_discriminator:
-            self._build_discriminator(self._draw_real_latents(before_step))
-        self._connect()
-
-    def _build_discriminator(self, real_latents: RealLatents) -> None:
+        """Draw the teacher samples that a discriminator needs; once, before the first step. `before_step` is
+        called before every denoising step and may raise, to leave in between."""
         settings = self.config.discriminator
-        self.real_latents = real_latents
-        self.discriminator = DiscriminatorHead(self.teacher.feature_channels, generator=self.generator).to(
-            self.device
-        )
-        self.normaliser = RatioNormaliser().to(self.device)
-        self.discriminator_optimiser = torch.optim.AdamW(
-            self.discriminator.parameters(), lr=settings.learning_rate, betas=(0.0, 0.99), fused=True
-        )
-
-    def _draw_real_latents(self, before_step: Callable[[], object] | None) -> RealLatents:
-        settings = self.config.discriminator
-        cameras = self._sample_cameras(settings.num_real_samples)
-        return RealLatents.draw(
-            self.contexts,
+        num_samples = settings.num_real_samples if self.distiller.recipe.needs_discriminator else 0
+        cameras = self._sample_cameras(num_samples)
+        self.distiller.prepare(
             cameras.conditioning(),
             cameras.view_words(),
             guidance_scale=self._value(self.config.guidance.guidance_scale),
             num_steps=settings.sampling_steps,
-            generator=self.generator,
             before_step=before_step,
-        )
-
-    def _connect(self) -> None:
-        self.distillation = ScoreDistillation(
-            self.teacher,
-            self.contexts,
-            self.recipe,
-            fake_score=self.fake_score,
-            discriminator=self.discriminator,
-            normaliser=self.normaliser,
-            real_latents=self.real_latents,
-            max_log_ratio=self.config.discriminator.max_log_ratio,
         )
 
     def close(self) -> None:
         """Take the fake score's adapters off the shared teacher."""
-        if self.fake_score is not None:
-            self.fake_score.remove()
+        self.distiller.close()
 
     # ------------------------------------------------------------------ one step
 
@@ -170,11 +138,11 @@ class SceneOptimiser:
     def step(self) -> StepReport:
         """Render, ask the teacher, move field, fake score and discriminator once. Non-finite gradients
         move nothing."""
-        assert self.distillation is not None, "prepare() or load_state_dict() comes first"
         config = self.config
         if self.step_index % config.renderer.occupancy_interval == 0:
             self.occupancy.update(self.field, generator=self.generator)
-        output, losses = self._forward()
+        view, output = self._view()
+        losses = self.distiller.losses(*view, **self._noise(), train_student=not self._is_warming_up)
         regularisation = self._regularisation(output)
         student = losses.student + sum(regularisation.values(), torch.zeros((), device=self.device))
         if self._is_warming_up:  # the field waits, and with it the terms that would shrink it
@@ -184,7 +152,8 @@ class SceneOptimiser:
             **{name: float(value.detach()) for name, value in regularisation.items()},
             "opacity": float(output.opacity.detach().mean()),
         }
-        applied = self._apply(student, losses)
+        applied = self._move_field(student)
+        applied &= self.distiller.train(losses, again=lambda: self._critic_losses(view))
         self.step_index += 1
         self._follow_schedules()
         return StepReport(values, applied)
@@ -197,26 +166,31 @@ class SceneOptimiser:
     def _is_warming_up(self) -> bool:
         """Whether the field still waits for the fake score: never for more than a tenth of the run."""
         wait = min(self.config.fake_score.warmup_steps, self.config.steps // 10)
-        return self.recipe.needs_fake_score and self.step_index < wait
+        return self.distiller.recipe.needs_fake_score and self.step_index < wait
 
-    def _forward(self) -> tuple[RenderOutput, GuidanceLosses]:
+    def _view(self) -> tuple[View, RenderOutput]:
+        """What this step looks at, rendered."""
         config = self.config
-        assert self.distillation is not None
         cameras = self._sample_cameras(config.guidance.views_per_step)
         size = round(self._value(config.renderer.resolution))
         output = self.render(cameras, size, self._backgrounds(len(cameras)), training=True)
-        losses = self.distillation.losses(
-            output.image,
-            cameras.conditioning(),
-            cameras.view_words(),
-            noise_range=(self._value(config.guidance.noise_min), self._value(config.guidance.noise_max)),
-            guidance_scale=self._value(config.guidance.guidance_scale),
-            generator=self.generator,
-            train_student=not self._is_warming_up,
-        )
-        return output, losses
+        return (output.image, cameras.conditioning(), cameras.view_words()), output
 
-    def _apply(self, student: Tensor, losses: GuidanceLosses) -> bool:
+    def _critic_losses(self, view: View) -> GuidanceLosses:
+        """Losses of fake score and discriminator alone, at fresh noise."""
+        images, conditioning, words = view
+        return self.distiller.losses(
+            images.detach(), conditioning, words, **self._noise(), train_student=False
+        )
+
+    def _noise(self) -> dict[str, Any]:
+        guidance = self.config.guidance
+        return {
+            "noise_range": (self._value(guidance.noise_min), self._value(guidance.noise_max)),
+            "guidance_scale": self._value(guidance.guidance_scale),
+        }
+
+    def _move_field(self, student: Tensor) -> bool:
         config = self.config
         rates = {
             "density": self._value(config.optimiser.density_learning_rate),
@@ -226,17 +200,9 @@ class SceneOptimiser:
         }
         for group in self.field_optimiser.param_groups:
             group["lr"] = rates[group["name"]]
-        applied = _descend(
+        return descend(
             student, self.field_optimiser, list(self.field.parameters()), config.optimiser.max_gradient_norm
         )
-        if losses.fake_score is not None and self.fake_optimiser is not None and self.fake_score is not None:
-            applied &= _descend(losses.fake_score, self.fake_optimiser, self.fake_score.parameters(), 1.0)
-        if losses.discriminator is not None and self.discriminator_optimiser is not None:
-            assert self.discriminator is not None
-            applied &= _descend(
-                losses.discriminator, self.discriminator_optimiser, list(self.discriminator.parameters()), 1.0
-            )
-        return applied
 
     def _regularisation(self, output: RenderOutput) -> dict[str, Tensor]:
         """Weighted terms that keep the field compact; a term of weight zero is not computed."""
@@ -301,42 +267,21 @@ class SceneOptimiser:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on: nested dicts of tensors and plain data."""
-        state: dict[str, Any] = {
+        state = {
             "step": self.step_index,
             "generator": self.generator.get_state(),
             "field": self.field.state_dict(),
             "occupancy": self.occupancy.state_dict(),
             "field_optimiser": self.field_optimiser.state_dict(),
         }
-        if self.fake_score is not None and self.fake_optimiser is not None:
-            state["fake_score"] = self.fake_score.state_dict()
-            state["fake_optimiser"] = self.fake_optimiser.state_dict()
-        if self.discriminator is not None and self.discriminator_optimiser is not None:
-            assert self.normaliser is not None and self.real_latents is not None
-            state["discriminator"] = self.discriminator.state_dict()
-            state["discriminator_optimiser"] = self.discriminator_optimiser.state_dict()
-            state["normaliser"] = self.normaliser.state_dict()
-            state["real_latents"] = self.real_latents.state_dict()
-        return state
+        return state | self.distiller.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken; the configuration must be the same."""
         self.field.load_state_dict(state["field"])
         self.occupancy.load_state_dict(state["occupancy"])
         self.field_optimiser.load_state_dict(state["field_optimiser"])
-        if self.fake_score is not None and self.fake_optimiser is not None:
-            self.fake_score.load_state_dict(state["fake_score"])
-            self.fake_optimiser.load_state_dict(state["fake_optimiser"])
-        if self.recipe.needs_discriminator:
-            real = {name: tensor.to(self.device) for name, tensor in state["real_latents"].items()}
-            if self.discriminator is None:
-                self._build_discriminator(RealLatents(**real))
-            assert self.discriminator is not None and self.normaliser is not None
-            assert self.discriminator_optimiser is not None
-            self.discriminator.load_state_dict(state["discriminator"])
-            self.normaliser.load_state_dict(state["normaliser"])
-            self.discriminator_optimiser.load_state_dict(state["discriminator_optimiser"])
-        self._connect()
+        self.distiller.load_state_dict(state)
         # Last, since building the parts draws from it.
         self.generator.set_state(state["generator"])
         self.step_index = int(state["step"])
@@ -362,21 +307,3 @@ def resolve_recipe(config: TextTo3DConfig) -> recipes.Recipe:
             "another method, or call uni3d.losses.recipes.generator_loss with your own"
         )
     return recipe
-
-
-def _descend(
-    loss: Tensor, optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float
-) -> bool:
-    """One optimiser step on `loss` unless the loss or a gradient is not finite; returns whether it was
-    made."""
-    optimiser.zero_grad(set_to_none=True)
-    if not loss.requires_grad:
-        return bool(torch.isfinite(loss))
-    loss.backward()
-    limit = max_norm if max_norm > 0 else float("inf")
-    norm = nn.utils.clip_grad_norm_(parameters, limit)
-    if not bool(torch.isfinite(loss.detach()) & torch.isfinite(norm)):
-        optimiser.zero_grad(set_to_none=True)
-        return False
-    optimiser.step()
-    return True

@@ -1,0 +1,230 @@
+"""Everything of a distillation run but the student: the networks that judge images, and how they learn.
+
+A student (a field, a mesh, a batch of pictures) makes images; the `Distiller` turns them into a loss for it
+and keeps its own fake score and discriminator up with what the student makes now:
+
+    losses = distiller.losses(images, cameras.conditioning(), cameras.view_words(), ...)
+    losses.student.backward()       # reaches the images; the student's optimiser is the caller's
+    distiller.train(losses, ...)    # the fake score and the discriminator take their steps
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uni3d.diffusion.discriminator import DiscriminatorHead
+from uni3d.diffusion.lora_score import LoRAFakeScore
+from uni3d.diffusion.prompt import PromptContexts
+from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
+from uni3d.losses.discriminator import RatioNormaliser
+from uni3d.losses.recipes import Recipe
+from uni3d.training.descent import descend
+from uni3d.training.guidance import GuidanceLosses, RealLatents, ScoreDistillation
+
+MAX_CRITIC_GRADIENT_NORM = 1.0
+
+
+class Distiller:
+    """Teacher, fake score and discriminator of one prompt, with the optimisers of the latter two.
+
+    Args:
+        teacher: frozen; its network receives the LoRA adapters of the fake score, see `close`.
+        contexts: the prompt as `teacher` reads it.
+        recipe: which member of the family; parts that it does not need are not built.
+        lora_rank: of the fake score.
+        fake_score_learning_rate, discriminator_learning_rate: of their AdamW.
+        fake_score_updates, discriminator_updates: of each for one step of the student.
+        max_log_ratio: bound on the absolute log density ratio.
+        generator: CPU generator of initial weights, teacher samples and noise; shared with the caller, and
+            its state is the caller's to save.
+
+    `prepare` or `load_state_dict` comes before the first `losses`.
+    """
+
+    def __init__(
+        self,
+        teacher: LatentDiffusionTeacher,
+        contexts: PromptContexts,
+        recipe: Recipe,
+        *,
+        lora_rank: int = 8,
+        fake_score_learning_rate: float = 1e-3,
+        fake_score_updates: int = 1,
+        discriminator_learning_rate: float = 1e-3,
+        discriminator_updates: int = 1,
+        max_log_ratio: float = 5.0,
+        generator: torch.Generator,
+    ) -> None:
+        self.teacher = teacher
+        self.contexts = contexts
+        self.recipe = recipe
+        self.max_log_ratio = max_log_ratio
+        self.generator = generator
+        self.fake_score_updates = fake_score_updates
+        self.discriminator_updates = discriminator_updates
+        self.fake_score: LoRAFakeScore | None = None
+        self.fake_optimiser: torch.optim.Optimizer | None = None
+        if recipe.needs_fake_score:
+            self.fake_score = LoRAFakeScore(teacher, rank=lora_rank, generator=generator)
+            self.fake_optimiser = torch.optim.AdamW(
+                self.fake_score.parameters(), lr=fake_score_learning_rate, weight_decay=0.0, fused=True
+            )
+        self._discriminator_learning_rate = discriminator_learning_rate
+        self.discriminator: DiscriminatorHead | None = None
+        self.discriminator_optimiser: torch.optim.Optimizer | None = None
+        self.normaliser: RatioNormaliser | None = None
+        self.real_latents: RealLatents | None = None
+        self._guidance: ScoreDistillation | None = None
+
+    def prepare(
+        self,
+        conditioning: Tensor,
+        view_words: Sequence[str],
+        *,
+        guidance_scale: float,
+        num_steps: int,
+        before_step: Callable[[], object] | None = None,
+    ) -> None:
+        """Draw the teacher samples that a discriminator needs and connect the parts; once, before the first
+        step.
+
+        Args:
+            conditioning, view_words: one sample is drawn for each of these cameras; see `RealLatents.draw`.
+            guidance_scale, num_steps: of the sampling.
+            before_step: called before every denoising step; may raise, to leave in between.
+        """
+        if self.recipe.needs_discriminator:
+            real_latents = RealLatents.draw(
+                self.contexts,
+                conditioning,
+                view_words,
+                guidance_scale=guidance_scale,
+                num_steps=num_steps,
+                generator=self.generator,
+                before_step=before_step,
+            )
+            self._build_discriminator(real_latents)
+        self._connect()
+
+    def _build_discriminator(self, real_latents: RealLatents) -> None:
+        device = self.teacher.device
+        self.real_latents = real_latents
+        head = DiscriminatorHead(self.teacher.feature_channels, generator=self.generator)
+        self.discriminator = head.to(device)
+        self.normaliser = RatioNormaliser().to(device)
+        self.discriminator_optimiser = torch.optim.AdamW(
+            self.discriminator.parameters(),
+            lr=self._discriminator_learning_rate,
+            betas=(0.0, 0.99),
+            fused=True,
+        )
+
+    def _connect(self) -> None:
+        self._guidance = ScoreDistillation(
+            self.teacher,
+            self.contexts,
+            self.recipe,
+            fake_score=self.fake_score,
+            discriminator=self.discriminator,
+            normaliser=self.normaliser,
+            real_latents=self.real_latents,
+            max_log_ratio=self.max_log_ratio,
+        )
+
+    def losses(
+        self,
+        images: Tensor,
+        conditioning: Tensor,
+        view_words: Sequence[str],
+        *,
+        noise_range: tuple[float, float],
+        guidance_scale: float,
+        train_student: bool = True,
+    ) -> GuidanceLosses:
+        """All losses of one step; arguments as `ScoreDistillation.losses`."""
+        assert self._guidance is not None, "prepare() or load_state_dict() comes first"
+        return self._guidance.losses(
+            images,
+            conditioning,
+            view_words,
+            noise_range=noise_range,
+            guidance_scale=guidance_scale,
+            generator=self.generator,
+            train_student=train_student,
+        )
+
+    def train(self, losses: GuidanceLosses, *, again: Callable[[], GuidanceLosses]) -> bool:
+        """Let the fake score and the discriminator take their steps on what the student made.
+
+        Args:
+            losses: of this step; they serve the first update of each.
+            again: gives `losses` of the same images at fresh noise, for every update beyond the first.
+
+        Returns False if one of the updates was not finite; such an update moves nothing.
+        """
+        num_fake = self.fake_score_updates if self.fake_score is not None else 0
+        num_discriminator = self.discriminator_updates if self.discriminator is not None else 0
+        is_finite = True
+        for index in range(max(num_fake, num_discriminator)):
+            current = losses if index == 0 else again()
+            if index < num_fake:
+                is_finite &= self._train_fake_score(current)
+            if index < num_discriminator:
+                is_finite &= self._train_discriminator(current)
+        return is_finite
+
+    def _train_fake_score(self, losses: GuidanceLosses) -> bool:
+        assert self.fake_score is not None and self.fake_optimiser is not None
+        assert losses.fake_score is not None
+        parameters = self.fake_score.parameters()
+        return descend(losses.fake_score, self.fake_optimiser, parameters, MAX_CRITIC_GRADIENT_NORM)
+
+    def _train_discriminator(self, losses: GuidanceLosses) -> bool:
+        assert self.discriminator is not None and self.discriminator_optimiser is not None
+        assert losses.discriminator is not None
+        parameters = list(self.discriminator.parameters())
+        return descend(
+            losses.discriminator, self.discriminator_optimiser, parameters, MAX_CRITIC_GRADIENT_NORM
+        )
+
+    def close(self) -> None:
+        """Take the fake score's adapters off the shared teacher."""
+        if self.fake_score is not None:
+            self.fake_score.remove()
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dicts of tensors and plain data: all that the next step depends on but the generator."""
+        state: dict[str, Any] = {}
+        if self.fake_score is not None and self.fake_optimiser is not None:
+            state["fake_score"] = self.fake_score.state_dict()
+            state["fake_optimiser"] = self.fake_optimiser.state_dict()
+        if self.discriminator is not None and self.discriminator_optimiser is not None:
+            assert self.normaliser is not None and self.real_latents is not None
+            state["discriminator"] = self.discriminator.state_dict()
+            state["discriminator_optimiser"] = self.discriminator_optimiser.state_dict()
+            state["normaliser"] = self.normaliser.state_dict()
+            state["real_latents"] = self.real_latents.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken, recipe and sizes being the same. May draw from the
+        generator, so its state is restored after this."""
+        if self.fake_score is not None and self.fake_optimiser is not None:
+            self.fake_score.load_state_dict(state["fake_score"])
+            self.fake_optimiser.load_state_dict(state["fake_optimiser"])
+        if self.recipe.needs_discriminator:
+            real = {name: tensor.to(self.teacher.device) for name, tensor in state["real_latents"].items()}
+            if self.discriminator is None:
+                self._build_discriminator(RealLatents(**real))
+            assert self.discriminator is not None and self.normaliser is not None
+            assert self.discriminator_optimiser is not None
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.normaliser.load_state_dict(state["normaliser"])
+            self.discriminator_optimiser.load_state_dict(state["discriminator_optimiser"])
+        self._connect()
