@@ -72,7 +72,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The plain layer: settings and checks, standard library and YAML only.
     "errors": set(),
     "config_values": {"errors"},
-    "config": {"config_values", "errors"},
+    "config": {"config_values", "stages_config", "errors"},
+    "stages_config": {"config_values", "errors"},
+    "refine_config": {"config", "stages_config", "config_values", "errors"},
     "config_loader": {"config_values", "errors"},
     "resources": {"errors"},
     "prompts": {"errors"},
@@ -84,7 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 # May import everything but the command line.
-PROGRAMS = ("text_to_3d", "scene_optimiser")
+PROGRAMS = ("text_to_3d", "scene_optimiser", "mesh_optimiser", "stages", "refine")
 # Import at the top only plain modules; what they run is imported inside functions.
 COMMANDS = (
     "commands",
@@ -107,7 +109,9 @@ PLAIN_LAYER = {
     "outputs",
     "presets",
     "prompts",
+    "refine_config",
     "resources",
+    "stages_config",
     "teacher.settings",
     "evaluation.settings",
     "distillation.settings",
@@ -116,6 +120,8 @@ WITHOUT_TORCH = (
     "errors",
     "config_values",
     "config",
+    "stages_config",
+    "refine_config",
     "config_loader",
     "resources",
     "prompts",

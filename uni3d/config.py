@@ -24,6 +24,7 @@ from uni3d.config_values import (
     value_at,
 )
 from uni3d.errors import ConfigError
+from uni3d.stages_config import StagesConfig
 
 Quality = Literal["default", "draft"]
 MeshFormat = Literal["glb", "obj", "ply"]
@@ -303,6 +304,7 @@ class TextTo3DConfig:
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     regularisers: RegularisersConfig = RegularisersConfig()
+    stages: StagesConfig = StagesConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
 

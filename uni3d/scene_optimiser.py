@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uni3d.config import TextTo3DConfig
+from uni3d.config import RendererConfig, TextTo3DConfig
 from uni3d.config_values import Schedule, value_at
 from uni3d.diffusion.prompt import PromptContexts
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import ConfigError
 from uni3d.losses import recipes
+from uni3d.mesh.extraction import extract_surface
+from uni3d.mesh.surface import Surface
 from uni3d.scene.backgrounds import random_backgrounds, random_greys
 from uni3d.scene.camera import Cameras, sample_orbit_cameras
 from uni3d.scene.occupancy import OccupancyGrid
@@ -61,6 +63,8 @@ class SceneOptimiser:
         teacher: frozen; its network receives the LoRA adapters of the fake score, see `close`.
     """
 
+    stage = "field"
+
     def __init__(self, config: TextTo3DConfig, teacher: LatentDiffusionTeacher) -> None:
         self.config = config
         self.teacher = teacher
@@ -68,7 +72,7 @@ class SceneOptimiser:
         self.step_index = 0
         self.generator = torch.Generator().manual_seed(config.seed)
         self._build_scene()
-        self.distiller = self._build_distiller()
+        self.distiller = build_distiller(config, teacher, self.generator)
         self._follow_schedules()
 
     # ------------------------------------------------------------------ construction
@@ -86,28 +90,6 @@ class SceneOptimiser:
         rates = {name: 1.0 for name in self.field.parameter_group_names}
         self.field_optimiser = torch.optim.Adam(
             self.field.parameter_groups(rates), betas=(0.9, 0.99), eps=1e-15, fused=True
-        )
-
-    def _build_distiller(self) -> Distiller:
-        config = self.config
-        contexts = PromptContexts.encode(
-            self.teacher,
-            config.prompt,
-            config.negative_prompt,
-            use_view_words=config.guidance.view_prompts,
-            use_camera=config.guidance.camera_token,
-        )
-        return Distiller(
-            self.teacher,
-            contexts,
-            resolve_recipe(config),
-            lora_rank=config.fake_score.lora_rank,
-            fake_score_learning_rate=config.fake_score.learning_rate,
-            fake_score_updates=config.fake_score.updates_per_step,
-            discriminator_learning_rate=config.discriminator.learning_rate,
-            discriminator_updates=config.discriminator.updates_per_step,
-            max_log_ratio=config.discriminator.max_log_ratio,
-            generator=self.generator,
         )
 
     def prepare(self, *, before_step: Callable[[], object] | None = None) -> None:
@@ -134,6 +116,11 @@ class SceneOptimiser:
     def progress(self) -> float:
         """Share of the run that is done, in [0, 1]."""
         return min(self.step_index / self.config.steps, 1.0)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the run."""
+        return self.config.steps
 
     def step(self) -> StepReport:
         """Render, ask the teacher, move field, fake score and discriminator once. Non-finite gradients
@@ -173,7 +160,8 @@ class SceneOptimiser:
         config = self.config
         cameras = self._sample_cameras(config.guidance.views_per_step)
         size = round(self._value(config.renderer.resolution))
-        output = self.render(cameras, size, self._backgrounds(len(cameras)), training=True)
+        background = training_backgrounds(config.renderer, len(cameras), self.generator, self.device)
+        output = self.render(cameras, size, background, training=True)
         return (output.image, cameras.conditioning(), cameras.view_words()), output
 
     def _critic_losses(self, view: View) -> GuidanceLosses:
@@ -241,6 +229,23 @@ class SceneOptimiser:
             generator=self.generator if training else None,
         )
 
+    def surface(self) -> Surface:
+        """The field's closed surface, at an iso level that suits it; EmptySurfaceError if it has none."""
+        self.occupancy.update(self.field)
+        settings = self.config.mesh
+        return extract_surface(
+            self.field.density,
+            self.field.half_extent,
+            settings.resolution,
+            iso_level=settings.iso_level,
+            max_triangles=settings.max_triangles,
+            device=self.device,
+        )
+
+    def surface_colour(self, points: Tensor, face: Tensor, barycentric: Tensor) -> Tensor:
+        """Colours [K, 3] of points [K, 3] on the surface; where on which face is not asked."""
+        return self.field.colour(points.to(self.device))
+
     def _sample_cameras(self, num: int) -> Cameras:
         cameras = self.config.cameras
         return sample_orbit_cameras(
@@ -252,13 +257,6 @@ class SceneOptimiser:
             radius_range=cameras.radius,
             fov_y_deg=cameras.fov_y_deg,
         )
-
-    def _backgrounds(self, num: int) -> Tensor | float:
-        if self.config.renderer.background == "random":
-            return random_backgrounds(num, generator=self.generator).to(self.device)
-        if self.config.renderer.background == "greys":
-            return random_greys(num, generator=self.generator).to(self.device)
-        return WHITE if self.config.renderer.background == "white" else GREY
 
     def _value(self, schedule: Schedule) -> float:
         return value_at(schedule, self.progress)
@@ -286,6 +284,42 @@ class SceneOptimiser:
         self.generator.set_state(state["generator"])
         self.step_index = int(state["step"])
         self._follow_schedules()
+
+
+def build_distiller(
+    config: TextTo3DConfig, teacher: LatentDiffusionTeacher, generator: torch.Generator
+) -> Distiller:
+    """The networks that judge what `config` makes."""
+    contexts = PromptContexts.encode(
+        teacher,
+        config.prompt,
+        config.negative_prompt,
+        use_view_words=config.guidance.view_prompts,
+        use_camera=config.guidance.camera_token,
+    )
+    return Distiller(
+        teacher,
+        contexts,
+        resolve_recipe(config),
+        lora_rank=config.fake_score.lora_rank,
+        fake_score_learning_rate=config.fake_score.learning_rate,
+        fake_score_updates=config.fake_score.updates_per_step,
+        discriminator_learning_rate=config.discriminator.learning_rate,
+        discriminator_updates=config.discriminator.updates_per_step,
+        max_log_ratio=config.discriminator.max_log_ratio,
+        generator=generator,
+    )
+
+
+def training_backgrounds(
+    settings: RendererConfig, num: int, generator: torch.Generator, device: torch.device
+) -> Tensor | float:
+    """What stands behind the object in `num` training pictures: colours [num, 3] or one grey level."""
+    if settings.background == "random":
+        return random_backgrounds(num, generator=generator).to(device)
+    if settings.background == "greys":
+        return random_greys(num, generator=generator).to(device)
+    return WHITE if settings.background == "white" else GREY
 
 
 def resolve_recipe(config: TextTo3DConfig) -> recipes.Recipe:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 import uni3d
 from uni3d.config import TextTo3DConfig
@@ -33,9 +32,8 @@ from uni3d.data.captions import read_vocabulary, unknown_prompt_warning
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import Interrupted, Uni3DError, UsageError
 from uni3d.mesh.export import write_mesh
-from uni3d.mesh.extraction import extract_surface
 from uni3d.mesh.report import compare_with_field, mesh_report
-from uni3d.mesh.texture import bake_texture
+from uni3d.mesh.texture import bake_surface_colours
 from uni3d.mesh.textured_mesh import TexturedMesh
 from uni3d.mesh.turntable import render_mesh, write_preview, write_turntable
 from uni3d.outputs import check_output_file
@@ -45,6 +43,7 @@ from uni3d.resources import weights_folder
 from uni3d.scene.camera import ring_cameras
 from uni3d.scene.regularisers import fog_fraction
 from uni3d.scene_optimiser import SceneOptimiser, resolve_recipe
+from uni3d.stages import StagedOptimiser, make_optimiser
 from uni3d.training.checkpoint import CheckpointStore, atomic_write, atomic_write_json
 from uni3d.training.run_log import NonFiniteGuard, Progress, RunDirectory
 from uni3d.training.stop import StopFlag
@@ -55,6 +54,8 @@ EMBEDDED = "embedded"
 COMPARISON_SIZE = 128
 COMPARISON_VIEWS = 8
 NEUTRAL_GREY = 0.5
+
+RunOptimiser = SceneOptimiser | StagedOptimiser
 
 
 @dataclass
@@ -142,7 +143,7 @@ class TextTo3DPipeline:
             changes["method"] = method
         settings = dataclasses.replace(config or quality_preset("default"), **changes)
         started = time.monotonic()
-        optimiser = SceneOptimiser(settings, self.teacher)
+        optimiser = make_optimiser(settings, self.teacher)
         try:
             optimiser.prepare()
             seconds = {"prepare": time.monotonic() - started}
@@ -227,7 +228,7 @@ class _MemoryStore:
 
 
 def take_steps(
-    optimiser: SceneOptimiser,
+    optimiser: RunOptimiser,
     store: StateStore,
     *,
     on_step: Callable[[int, Mapping[str, float]], object] | None = None,
@@ -242,7 +243,7 @@ def take_steps(
     config = optimiser.config
     guard = NonFiniteGuard()
     kept_at = time.monotonic()
-    while optimiser.step_index < config.steps:
+    while optimiser.step_index < optimiser.num_steps:
         report = optimiser.step()
         verdict = guard.check(optimiser.step_index, {"a gradient": None if report.finite else float("nan")})
         if verdict == "rollback":
@@ -265,26 +266,19 @@ def take_steps(
 # ---------------------------------------------------------------------- field to mesh
 
 
-def build_mesh(optimiser: SceneOptimiser) -> tuple[TexturedMesh, dict[str, Any], dict[str, float]]:
-    """Extract, unwrap, paint and check the mesh of a field: (mesh, figures, seconds by stage)."""
+def build_mesh(optimiser: RunOptimiser) -> tuple[TexturedMesh, dict[str, Any], dict[str, float]]:
+    """Extract, unwrap, paint and check the mesh of a run: (mesh, figures, seconds by stage)."""
     settings = optimiser.config.mesh
-    scene = optimiser.field
     seconds: dict[str, float] = {}
-    optimiser.occupancy.update(scene)
+    with _timed(seconds, "surface"):
+        surface = optimiser.surface()
     cameras = ring_cameras(COMPARISON_VIEWS)
     with torch.no_grad():
         rendered = optimiser.render(cameras, COMPARISON_SIZE, NEUTRAL_GREY)
-    with _timed(seconds, "surface"):
-        surface = extract_surface(
-            scene.density,
-            scene.half_extent,
-            settings.resolution,
-            iso_level=settings.iso_level,
-            max_triangles=settings.max_triangles,
-            device=optimiser.device,
-        )
     with _timed(seconds, "texture"):
-        mesh = bake_texture(surface, _colour_function(optimiser), settings.texture_size)
+        mesh = bake_surface_colours(
+            surface, optimiser.surface_colour, settings.texture_size, device=optimiser.device
+        )
     with _timed(seconds, "check"):
         mesh_images, mesh_alpha = render_mesh(mesh, cameras, COMPARISON_SIZE, background=NEUTRAL_GREY)
         comparison = compare_with_field(
@@ -294,21 +288,13 @@ def build_mesh(optimiser: SceneOptimiser) -> tuple[TexturedMesh, dict[str, Any],
             rendered.opacity[:, 0].cpu().numpy(),
         )
     if comparison["verdict"] != "match":
-        logger.warning("the mesh differs from the field: %s", comparison["explanation"])
+        logger.warning("the mesh differs from what was optimised: %s", comparison["explanation"])
     figures = {
         "surface": surface.report,
         "field_match": comparison,
         "fog": fog_fraction(rendered.opacity),
     }
     return mesh, figures, seconds
-
-
-def _colour_function(optimiser: SceneOptimiser) -> Callable[[Tensor], Tensor]:
-    def colour(points: Tensor) -> Tensor:
-        with torch.no_grad():
-            return optimiser.field.colour(points.to(optimiser.device)).cpu()
-
-    return colour
 
 
 @contextmanager
@@ -329,7 +315,7 @@ class RunWatch:
     def before_denoising(self) -> None:
         """Called before every denoising step of the teacher samples that some methods start with."""
 
-    def after_step(self, optimiser: SceneOptimiser, values: Mapping[str, float]) -> None:
+    def after_step(self, optimiser: RunOptimiser, values: Mapping[str, float]) -> None:
         """Called after every step with its numbers; may render the field but not change it."""
 
 
@@ -348,7 +334,7 @@ def generate(config: TextTo3DConfig, *, watch: RunWatch | None = None) -> Genera
         logger.info("device: %s (%s)", device, reason)
         if warning:
             logger.warning("%s", warning)
-        optimiser = SceneOptimiser(config, teacher)
+        optimiser = make_optimiser(config, teacher)
         try:
             _optimise(optimiser, run, seconds, stop, watch or RunWatch())
             mesh, figures, mesh_seconds = build_mesh(optimiser)
@@ -356,7 +342,7 @@ def generate(config: TextTo3DConfig, *, watch: RunWatch | None = None) -> Genera
             optimiser.close()
         if stop.is_set:
             _write_interrupted_mesh(mesh, config, run)
-            raise _interruption(stop, run, config.steps, config.steps)
+            raise _interruption(stop, run, optimiser.num_steps, optimiser.num_steps)
         return _write_results(run, config, mesh, figures, seconds | mesh_seconds)
 
 
@@ -394,7 +380,7 @@ def _load_teacher(config: TextTo3DConfig, device: str) -> tuple[LatentDiffusionT
 
 
 def _optimise(
-    optimiser: SceneOptimiser,
+    optimiser: RunOptimiser,
     run: RunDirectory,
     seconds: dict[str, float],
     stop: StopFlag,
@@ -430,16 +416,18 @@ def _leave_if_asked(stop: StopFlag, run: RunDirectory) -> None:
 
 
 def _loop(
-    optimiser: SceneOptimiser, run: RunDirectory, store: CheckpointStore, stop: StopFlag, watch: RunWatch
+    optimiser: RunOptimiser, run: RunDirectory, store: CheckpointStore, stop: StopFlag, watch: RunWatch
 ) -> None:
     config = optimiser.config
-    with Progress(config.steps, start=optimiser.step_index, label="optimise", quiet=config.quiet) as progress:
+    num_steps = optimiser.num_steps
+    with Progress(num_steps, start=optimiser.step_index, label="optimise", quiet=config.quiet) as progress:
         started = time.monotonic()
 
         def on_step(step: int, values: Mapping[str, float]) -> bool:
             nonlocal started
-            run.log_metrics(step, {**values, "seconds": round(time.monotonic() - started, 4)})
-            progress.update(loss=values.get("student_loss", 0.0))
+            spent = {"seconds": round(time.monotonic() - started, 4)}
+            run.log_metrics(step, {"stage": optimiser.stage, **values, **spent})
+            progress.update(stage=optimiser.stage, loss=values.get("student_loss", 0.0))
             watch.after_step(optimiser, values)
             started = time.monotonic()
             return not stop.is_set
@@ -450,14 +438,14 @@ def _loop(
 
         if not stop.is_set:
             take_steps(optimiser, store, on_step=on_step, on_rollback=on_rollback)
-    if optimiser.step_index < config.steps:
+    if optimiser.step_index < num_steps:
         store.save(optimiser.step_index, optimiser.state_dict())
         try:
             mesh, _, _ = build_mesh(optimiser)
             _write_interrupted_mesh(mesh, config, run)
         except Uni3DError as error:  # a field without a surface
             logger.warning("no mesh yet: %s", error)
-        raise _interruption(stop, run, optimiser.step_index, config.steps)
+        raise _interruption(stop, run, optimiser.step_index, num_steps)
     store.save(optimiser.step_index, optimiser.state_dict())
 
 

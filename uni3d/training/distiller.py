@@ -88,6 +88,7 @@ class Distiller:
         guidance_scale: float,
         num_steps: int,
         before_step: Callable[[], object] | None = None,
+        real_latents: RealLatents | None = None,
     ) -> None:
         """Draw the teacher samples that a discriminator needs and connect the parts; once, before the first
         step.
@@ -96,17 +97,19 @@ class Distiller:
             conditioning, view_words: one sample is drawn for each of these cameras; see `RealLatents.draw`.
             guidance_scale, num_steps: of the sampling.
             before_step: called before every denoising step; may raise, to leave in between.
+            real_latents: samples for the same prompt that were drawn before; then none are drawn.
         """
         if self.recipe.needs_discriminator:
-            real_latents = RealLatents.draw(
-                self.contexts,
-                conditioning,
-                view_words,
-                guidance_scale=guidance_scale,
-                num_steps=num_steps,
-                generator=self.generator,
-                before_step=before_step,
-            )
+            if real_latents is None:
+                real_latents = RealLatents.draw(
+                    self.contexts,
+                    conditioning,
+                    view_words,
+                    guidance_scale=guidance_scale,
+                    num_steps=num_steps,
+                    generator=self.generator,
+                    before_step=before_step,
+                )
             self._build_discriminator(real_latents)
         self._connect()
 
