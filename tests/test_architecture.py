@@ -90,6 +90,7 @@ PROGRAMS = ("text_to_3d", "scene_optimiser", "mesh_optimiser", "stages", "refine
 # Import at the top only plain modules; what they run is imported inside functions.
 COMMANDS = (
     "commands",
+    "refine_commands",
     "dataset_commands",
     "edm_commands",
     "image_commands",

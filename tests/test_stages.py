@@ -107,16 +107,16 @@ def test_stages_hand_over_in_memory(teacher: LatentDiffusionTeacher) -> None:
     seen: list[str] = []
     distillers = set()
     while optimiser.step_index < optimiser.num_steps:
-        colours = [grid.detach().clone() for grid in optimiser.scene.field.colour_grids]
+        colours = [grid.detach().clone() for grid in optimiser.field.colour_grids]
         before = optimiser.stage
         optimiser.step()
         seen.append(optimiser.stage)
         distillers.add(id(optimiser.current.distiller))
         if optimiser.stage == "geometry":
-            pairs = zip(colours, optimiser.scene.field.colour_grids, strict=True)
+            pairs = zip(colours, optimiser.field.colour_grids, strict=True)
             assert all(torch.equal(*pair) for pair in pairs), "the geometry stage leaves the colours alone"
         if (before, optimiser.stage) == ("texture", "texture"):
-            pairs = zip(colours, optimiser.scene.field.colour_grids, strict=True)
+            pairs = zip(colours, optimiser.field.colour_grids, strict=True)
             assert not all(torch.equal(*pair) for pair in pairs)
     optimiser.close()
     assert seen == ["field"] * 2 + ["geometry"] * 3 + ["texture"] * 2

@@ -28,7 +28,7 @@ from uni3d.mesh.report import mesh_report, read_extras
 from uni3d.scene_optimiser import DEFAULT_DIVERGENCE, SceneOptimiser, resolve_recipe
 from uni3d.text_to_3d import (
     TextTo3DPipeline,
-    _load_teacher,
+    load_teacher,
     _MemoryStore,
     choose_device,
     generate,
@@ -303,8 +303,8 @@ def test_every_format_is_sound_and_says_where_it_came_from(tiny_teacher_folder: 
 
 def test_a_prompt_beyond_the_vocabulary_of_any_teacher_draws_a_warning(tiny_teacher_folder: Path) -> None:
     config = _config(teacher=str(tiny_teacher_folder))
-    assert _load_teacher(config, "cpu")[1] is None
-    _, warning = _load_teacher(dataclasses.replace(config, prompt="a corgi"), "cpu")
+    assert load_teacher(config, "cpu")[1] is None
+    _, warning = load_teacher(dataclasses.replace(config, prompt="a corgi"), "cpu")
     assert warning is not None and warning.startswith("the teacher knows no object named in 'a corgi'")
 
 

@@ -34,6 +34,7 @@ class Command:
 
 COMMANDS = (
     Command("generate", "make a textured mesh from a prompt", "uni3d.commands:generate"),
+    Command("refine", "retexture or reshape a mesh by a prompt", "uni3d.refine_commands:refine"),
     Command("inspect", "figures of a mesh file and how it was made", "uni3d.commands:inspect"),
     Command(
         "evaluate",

@@ -19,6 +19,8 @@ from torch import Tensor
 from uni3d.config import TextTo3DConfig
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.mesh.deformable_surface import DeformableSurface
+from uni3d.mesh.renderable import RenderableMesh
+from uni3d.mesh.source_colour import SourceColour
 from uni3d.mesh.surface import Surface
 from uni3d.mesh.surface_renderer import SurfaceImages
 from uni3d.mesh_optimiser import (
@@ -30,6 +32,7 @@ from uni3d.mesh_optimiser import (
     texture_optimiser,
 )
 from uni3d.scene.camera import Cameras
+from uni3d.scene.radiance_field import RadianceField
 from uni3d.scene.renderer import RenderOutput
 from uni3d.scene_optimiser import SceneOptimiser, StepReport
 
@@ -39,28 +42,40 @@ STAGES = ("field", "geometry", "texture")
 
 
 class StagedOptimiser:
-    """Runs the stages of `config` that have steps; the field always comes first.
+    """Runs the stages of `config` that have steps.
 
     Args:
         config: the run; `config.steps` is the length of the field stage.
         teacher: frozen; its network receives the LoRA adapters of the fake score, see `close`.
+        source: a mesh to start from instead of a field; then the first stage is a mesh stage.
     """
 
-    def __init__(self, config: TextTo3DConfig, teacher: LatentDiffusionTeacher) -> None:
+    def __init__(
+        self, config: TextTo3DConfig, teacher: LatentDiffusionTeacher, source: RenderableMesh | None = None
+    ) -> None:
         self.config = config
         self.teacher = teacher
         self.device = teacher.device
+        self.source = source
         self._lengths: dict[str, int] = {
-            "field": config.steps,
+            "field": config.steps if source is None else 0,
             "geometry": config.stages.geometry.steps,
             "texture": config.stages.texture.steps,
         }
-        self.scene = SceneOptimiser(config, teacher)
+        self._before_step: Callable[[], object] | None = None
         self.stage = "field"
-        self.mesh: MeshOptimiser | None = None
+        self.current: SceneOptimiser | MeshOptimiser
         # what the current mesh stage started from
         self._start: Surface | None = None
-        self._before_step: Callable[[], object] | None = None
+        if source is None:
+            self.current = SceneOptimiser(config, teacher)
+            self.field = self.current.field
+        else:
+            # colours are added to those of the source, so it starts at zero
+            self.field = RadianceField(
+                resolutions=config.field.resolutions, half_extent=config.field.half_extent
+            ).to(self.device)
+            self._enter("geometry" if self._lengths["geometry"] else "texture", as_surface(source))
 
     @property
     def num_steps(self) -> int:
@@ -74,11 +89,6 @@ class StagedOptimiser:
         return before + self.current.step_index
 
     @property
-    def current(self) -> SceneOptimiser | MeshOptimiser:
-        """The optimiser of the stage that is running."""
-        return self.scene if self.mesh is None else self.mesh
-
-    @property
     def generator(self) -> torch.Generator:
         """CPU generator of all that is random."""
         return self.current.generator
@@ -86,7 +96,8 @@ class StagedOptimiser:
     def prepare(self, *, before_step: Callable[[], object] | None = None) -> None:
         """As `SceneOptimiser.prepare`; `before_step` also serves the stages that follow."""
         self._before_step = before_step
-        self.scene.prepare(before_step=before_step)
+        if self.num_steps > 0:
+            self.current.prepare(before_step=before_step)
 
     def close(self) -> None:
         """Take the fake score's adapters off the shared teacher."""
@@ -111,21 +122,27 @@ class StagedOptimiser:
             before.close()
         self._enter(following, surface)
         logger.info("%s stage from a surface of %d triangles", following, len(surface.faces))
-        assert self.mesh is not None
+        assert isinstance(self.current, MeshOptimiser)
         if goes_on:
-            self.mesh.go_on_with(before)
+            self.current.go_on_with(before)
         else:
-            self.mesh.prepare(before_step=self._before_step, real_latents=before.real_latents)
+            self.current.prepare(before_step=self._before_step, real_latents=before.real_latents)
 
     def _enter(self, stage: str, start: Surface) -> None:
-        """Build the optimiser of `stage`, which starts from `start` and the field's colours."""
-        colour = FieldColour(self.scene.field)
+        """Build the optimiser of `stage`, which starts from `start` and the colours that there are."""
+        colour = FieldColour(self.field, self._base_colour(stage, start))
         if stage == "geometry":
             deformable = DeformableSurface.from_mesh(start, self.config.stages.geometry.resolution)
-            self.mesh = geometry_optimiser(self.config, deformable, colour, self.teacher)
+            self.current = geometry_optimiser(self.config, deformable, colour, self.teacher)
         else:
-            self.mesh = texture_optimiser(self.config, start, colour, self.teacher)
+            self.current = texture_optimiser(self.config, start, colour, self.teacher)
         self.stage, self._start = stage, start
+
+    def _base_colour(self, stage: str, start: Surface) -> SourceColour | None:
+        if self.source is None:
+            return None
+        is_own = stage == "texture" and np.array_equal(start.faces, self.source.faces)
+        return SourceColour(self.source, by_face=is_own)
 
     # ------------------------------------------------------------------ what it looks like
 
@@ -135,16 +152,18 @@ class StagedOptimiser:
 
     def surface(self) -> Surface:
         """The closed surface as it stands."""
-        if self.mesh is None:
-            return self.scene.surface()
-        if isinstance(self.mesh.student, GeometryStudent):
-            return self.mesh.student.surface.extract(self.config.mesh.max_triangles)
+        if isinstance(self.current, SceneOptimiser):
+            return self.current.surface()
+        if isinstance(self.current.student, GeometryStudent):
+            return self.current.student.surface.extract(self.config.mesh.max_triangles)
         assert self._start is not None
         return self._start
 
     def surface_colour(self, points: Tensor, face: Tensor, barycentric: Tensor) -> Tensor:
-        """Colours [K, 3] of points on the surface."""
-        return self.scene.surface_colour(points, face, barycentric)
+        """Colours [K, 3] of points [K, 3] on faces [K] of `surface`, at barycentric weights [K, 3]."""
+        if isinstance(self.current, SceneOptimiser):
+            return self.current.surface_colour(points, face, barycentric)
+        return self.current.colour(points, face, barycentric)
 
     # ------------------------------------------------------------------ state
 
@@ -152,7 +171,7 @@ class StagedOptimiser:
         """Everything that the next step depends on: nested dicts of tensors and plain data."""
         state: dict[str, Any] = {"stage": self.stage, "current": self.current.state_dict()}
         if self._start is not None:
-            state["field"] = self.scene.field.state_dict()
+            state["field"] = self.field.state_dict()
             state["start"] = {
                 "vertices": torch.from_numpy(self._start.vertices),
                 "faces": torch.from_numpy(self._start.faces),
@@ -166,10 +185,10 @@ class StagedOptimiser:
         stage = state["stage"]
         self.close()
         if stage == "field":
-            self.scene = SceneOptimiser(self.config, self.teacher)
-            self.stage, self.mesh, self._start = stage, None, None
+            self.current = SceneOptimiser(self.config, self.teacher)
+            self.field, self.stage, self._start = self.current.field, stage, None
         else:
-            self.scene.field.load_state_dict(state["field"])
+            self.field.load_state_dict(state["field"])
             start = state["start"]
             vertices, faces = (np.ascontiguousarray(start[name].numpy()) for name in ("vertices", "faces"))
             self._enter(stage, Surface(vertices, faces, float(start["iso_level"]), dict(start["report"])))
@@ -182,3 +201,8 @@ def make_optimiser(
     """The optimiser of a run: of the field alone, or of all its stages."""
     has_mesh_stages = config.stages.geometry.steps + config.stages.texture.steps > 0
     return (StagedOptimiser if has_mesh_stages else SceneOptimiser)(config, teacher)
+
+
+def as_surface(mesh: RenderableMesh) -> Surface:
+    """The triangles of a prepared mesh, without its colours."""
+    return Surface(np.ascontiguousarray(mesh.vertices, np.float32), mesh.faces.astype(np.int64), 0.0)

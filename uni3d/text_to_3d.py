@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -32,6 +32,7 @@ from uni3d.data.captions import read_vocabulary, unknown_prompt_warning
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import Interrupted, Uni3DError, UsageError
 from uni3d.mesh.export import write_mesh
+from uni3d.mesh.renderable import RenderableMesh
 from uni3d.mesh.report import compare_with_field, mesh_report
 from uni3d.mesh.texture import bake_surface_colours
 from uni3d.mesh.textured_mesh import TexturedMesh
@@ -39,6 +40,7 @@ from uni3d.mesh.turntable import render_mesh, write_preview, write_turntable
 from uni3d.outputs import check_output_file
 from uni3d.presets import quality_preset
 from uni3d.prompts import check_prompt, prompt_slug
+from uni3d.refine_config import Part, RefineConfig
 from uni3d.resources import weights_folder
 from uni3d.scene.camera import ring_cameras
 from uni3d.scene.regularisers import fog_fraction
@@ -47,6 +49,9 @@ from uni3d.stages import StagedOptimiser, make_optimiser
 from uni3d.training.checkpoint import CheckpointStore, atomic_write, atomic_write_json
 from uni3d.training.run_log import NonFiniteGuard, Progress, RunDirectory
 from uni3d.training.stop import StopFlag
+
+if TYPE_CHECKING:
+    from uni3d.refine import RefineResult
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +81,8 @@ class TextTo3DResult:
 
     def save(self, path: str | Path) -> Path:
         """Write the mesh; .glb, .obj or .ply by the suffix. Returns the path."""
-        return write_mesh(self.mesh, Path(path), extras=provenance(self.config))
+        extras = provenance(self.config)
+        return write_mesh(self.mesh, Path(path), extras=extras, **material_options(self.config))
 
 
 @dataclass(frozen=True)
@@ -142,20 +148,49 @@ class TextTo3DPipeline:
         if method is not None:
             changes["method"] = method
         settings = dataclasses.replace(config or quality_preset("default"), **changes)
-        started = time.monotonic()
-        optimiser = make_optimiser(settings, self.teacher)
-        try:
+        mesh, figures, seconds = run_in_memory(make_optimiser(settings, self.teacher), callback_on_step_end)
+        return TextTo3DResult(mesh, settings, figures, seconds)
+
+    def refine(
+        self,
+        mesh: str | Path | RenderableMesh | TexturedMesh,
+        prompt: str,
+        *,
+        part: Part = "texture",
+        strength: float = 1.0,
+        seed: int = 0,
+        config: RefineConfig | None = None,
+        callback_on_step_end: Callable[[int, Mapping[str, float]], object] | None = None,
+    ) -> RefineResult:
+        """Change the texture, the geometry or both of `mesh`, a file or a mesh in memory, towards `prompt`.
+
+        strength: how far from the input, 0 to 1. config: settings to start from; the other arguments win over
+        it. The result stands where the input stood. Raises UsageError for a mesh that is of no use.
+        """
+        from uni3d.refine import refine_mesh
+
+        settings = dataclasses.replace(
+            config or RefineConfig(), prompt=check_prompt(prompt), part=part, strength=strength, seed=seed
+        )
+        return refine_mesh(mesh, settings, self.teacher, callback_on_step_end)
+
+
+def run_in_memory(
+    optimiser: RunOptimiser, on_step: Callable[[int, Mapping[str, float]], object] | None
+) -> tuple[TexturedMesh, dict[str, Any], dict[str, float]]:
+    """A whole run without a directory: (mesh, figures, seconds by stage). Closes the optimiser."""
+    seconds: dict[str, float] = {}
+    try:
+        with timed(seconds, "prepare"):
             optimiser.prepare()
-            seconds = {"prepare": time.monotonic() - started}
-            started = time.monotonic()
+        with timed(seconds, "optimise"):
             store = _MemoryStore()
             store.save(0, optimiser.state_dict())
-            take_steps(optimiser, store, on_step=callback_on_step_end)
-            seconds["optimise"] = time.monotonic() - started
-            mesh, mesh_figures, mesh_seconds = build_mesh(optimiser)
-        finally:
-            optimiser.close()
-        return TextTo3DResult(mesh, settings, mesh_figures, seconds | mesh_seconds)
+            take_steps(optimiser, store, on_step=on_step)
+        mesh, figures, mesh_seconds = build_mesh(optimiser)
+    finally:
+        optimiser.close()
+    return mesh, figures, seconds | mesh_seconds
 
 
 def choose_device(name: str) -> tuple[str, str]:
@@ -192,6 +227,14 @@ def provenance(config: TextTo3DConfig) -> dict[str, Any]:
         "teacher": config.teacher if config.teacher == EMBEDDED else Path(config.teacher).name,
         "torch": torch.__version__,
     }
+
+
+def material_options(config: TextTo3DConfig) -> dict[str, Any]:
+    """How `write_mesh` describes the material: colours that hold the light already are not lit again."""
+    texture = config.stages.texture
+    if not (texture.steps and texture.lit):
+        return {}
+    return {"unlit": False, "roughness": texture.roughness, "metalness": texture.metalness}
 
 
 # ---------------------------------------------------------------------- the steps
@@ -270,16 +313,16 @@ def build_mesh(optimiser: RunOptimiser) -> tuple[TexturedMesh, dict[str, Any], d
     """Extract, unwrap, paint and check the mesh of a run: (mesh, figures, seconds by stage)."""
     settings = optimiser.config.mesh
     seconds: dict[str, float] = {}
-    with _timed(seconds, "surface"):
+    with timed(seconds, "surface"):
         surface = optimiser.surface()
     cameras = ring_cameras(COMPARISON_VIEWS)
     with torch.no_grad():
         rendered = optimiser.render(cameras, COMPARISON_SIZE, NEUTRAL_GREY)
-    with _timed(seconds, "texture"):
+    with timed(seconds, "texture"):
         mesh = bake_surface_colours(
             surface, optimiser.surface_colour, settings.texture_size, device=optimiser.device
         )
-    with _timed(seconds, "check"):
+    with timed(seconds, "check"):
         mesh_images, mesh_alpha = render_mesh(mesh, cameras, COMPARISON_SIZE, background=NEUTRAL_GREY)
         comparison = compare_with_field(
             mesh_images,
@@ -298,7 +341,7 @@ def build_mesh(optimiser: RunOptimiser) -> tuple[TexturedMesh, dict[str, Any], d
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Any:
+def timed(seconds: dict[str, float], name: str) -> Any:
     started = time.monotonic()
     try:
         yield
@@ -328,21 +371,21 @@ def generate(config: TextTo3DConfig, *, watch: RunWatch | None = None) -> Genera
     config = _checked(config)
     device, reason = choose_device(config.device)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "load"):
-        teacher, warning = _load_teacher(config, device)
+    with timed(seconds, "load"):
+        teacher, warning = load_teacher(config, device)
     with _open_run(config) as run, StopFlag() as stop:
         logger.info("device: %s (%s)", device, reason)
         if warning:
             logger.warning("%s", warning)
         optimiser = make_optimiser(config, teacher)
         try:
-            _optimise(optimiser, run, seconds, stop, watch or RunWatch())
+            run_optimiser(optimiser, run, seconds, stop, watch or RunWatch())
             mesh, figures, mesh_seconds = build_mesh(optimiser)
         finally:
             optimiser.close()
         if stop.is_set:
             _write_interrupted_mesh(mesh, config, run)
-            raise _interruption(stop, run, optimiser.num_steps, optimiser.num_steps)
+            raise interruption(stop, run, optimiser.num_steps, optimiser.num_steps)
         return _write_results(run, config, mesh, figures, seconds | mesh_seconds)
 
 
@@ -369,7 +412,7 @@ def _open_run(config: TextTo3DConfig) -> RunDirectory:
     return run
 
 
-def _load_teacher(config: TextTo3DConfig, device: str) -> tuple[LatentDiffusionTeacher, str | None]:
+def load_teacher(config: TextTo3DConfig, device: str) -> tuple[LatentDiffusionTeacher, str | None]:
     """The teacher, and what to say about a prompt with words that it does not know."""
     source = weights_folder("teacher") if config.teacher == EMBEDDED else config.teacher
     teacher = LatentDiffusionTeacher.from_pretrained(source, device=device)
@@ -379,14 +422,17 @@ def _load_teacher(config: TextTo3DConfig, device: str) -> tuple[LatentDiffusionT
     return teacher, unknown_prompt_warning(config.prompt, read_vocabulary(file))
 
 
-def _optimise(
+def run_optimiser(
     optimiser: RunOptimiser,
     run: RunDirectory,
     seconds: dict[str, float],
     stop: StopFlag,
     watch: RunWatch,
+    *,
+    write_partial: Callable[[TexturedMesh], object] | None = None,
 ) -> None:
-    """Run the steps that are left, saving every so often; leaves by Interrupted when a signal asks."""
+    """Run the steps that are left, saving every so often; leaves by Interrupted when a signal asks, with the
+    mesh as it stands handed to `write_partial` (none: it is written as `generate` does)."""
     config = optimiser.config
     store = CheckpointStore(
         run.checkpoints_path, keep=config.checkpoints.keep, fingerprint=_fingerprint(config)
@@ -401,22 +447,27 @@ def _optimise(
             _leave_if_asked(stop, run)
             watch.before_denoising()
 
-        with _timed(seconds, "prepare"):
+        with timed(seconds, "prepare"):
             optimiser.prepare(before_step=before_denoising)
         store.save(0, optimiser.state_dict())
-    with _timed(seconds, "optimise"):
-        _loop(optimiser, run, store, stop, watch)
+    with timed(seconds, "optimise"):
+        _loop(optimiser, run, store, stop, watch, write_partial)
 
 
 def _leave_if_asked(stop: StopFlag, run: RunDirectory) -> None:
     if stop.is_set:
         raise stop.interruption(
-            f"stopped before the first step; nothing had been made yet. Start again with: {_resume_line(run)}"
+            f"stopped before the first step; nothing had been made yet. Start again with: {resume_line(run)}"
         )
 
 
 def _loop(
-    optimiser: RunOptimiser, run: RunDirectory, store: CheckpointStore, stop: StopFlag, watch: RunWatch
+    optimiser: RunOptimiser,
+    run: RunDirectory,
+    store: CheckpointStore,
+    stop: StopFlag,
+    watch: RunWatch,
+    write_partial: Callable[[TexturedMesh], object] | None,
 ) -> None:
     config = optimiser.config
     num_steps = optimiser.num_steps
@@ -442,27 +493,30 @@ def _loop(
         store.save(optimiser.step_index, optimiser.state_dict())
         try:
             mesh, _, _ = build_mesh(optimiser)
-            _write_interrupted_mesh(mesh, config, run)
+            if write_partial is not None:
+                write_partial(mesh)
+            else:
+                _write_interrupted_mesh(mesh, config, run)
         except Uni3DError as error:  # a field without a surface
             logger.warning("no mesh yet: %s", error)
-        raise _interruption(stop, run, optimiser.step_index, num_steps)
+        raise interruption(stop, run, optimiser.step_index, num_steps)
     store.save(optimiser.step_index, optimiser.state_dict())
 
 
 def _write_interrupted_mesh(mesh: TexturedMesh, config: TextTo3DConfig, run: RunDirectory) -> None:
     """The mesh as it stands, so that a stopped run is not empty-handed."""
-    write_mesh(mesh, run.path / "mesh.glb", extras=provenance(config))
+    write_mesh(mesh, run.path / "mesh.glb", extras=provenance(config), **material_options(config))
     write_preview(mesh, run.path / "preview.png")
 
 
-def _interruption(stop: StopFlag, run: RunDirectory, step: int, num_steps: int) -> Interrupted:
+def interruption(stop: StopFlag, run: RunDirectory, step: int, num_steps: int) -> Interrupted:
     return stop.interruption(
-        f"stopped after step {step} of {num_steps}; everything is saved. Go on with: {_resume_line(run)}"
+        f"stopped after step {step} of {num_steps}; everything is saved. Go on with: {resume_line(run)}"
     )
 
 
-def _resume_line(run: RunDirectory) -> str:
-    return f"uni3d generate --resume {shlex.quote(str(run.path))}"
+def resume_line(run: RunDirectory) -> str:
+    return f"uni3d {run.command} --resume {shlex.quote(str(run.path))}"
 
 
 def _write_results(
@@ -472,10 +526,11 @@ def _write_results(
     figures: dict[str, Any],
     seconds: dict[str, float],
 ) -> GenerateResult:
-    with _timed(seconds, "export"):
+    with timed(seconds, "export"):
         extras = provenance(config)
         written = [
-            write_mesh(mesh, run.path / f"mesh.{suffix}", extras=extras) for suffix in config.mesh.formats
+            write_mesh(mesh, run.path / f"mesh.{suffix}", extras=extras, **material_options(config))
+            for suffix in config.mesh.formats
         ]
         write_preview(mesh, run.path / "preview.png")
         if config.mesh.turntable_frames > 0:
@@ -504,7 +559,7 @@ def _deliver(run: RunDirectory, config: TextTo3DConfig, mesh: TexturedMesh, extr
     same = run.path / f"mesh{target.suffix.lower()}"
     if target.suffix.lower() != ".obj" and same.is_file():
         return atomic_write(target, lambda temporary: shutil.copyfile(same, temporary))
-    return write_mesh(mesh, target, extras=extras)
+    return write_mesh(mesh, target, extras=extras, **material_options(config))
 
 
 def _fingerprint(config: TextTo3DConfig) -> dict[str, Any]:

@@ -45,16 +45,36 @@ _LINEAR, _LINEAR_MIPMAP_LINEAR, _CLAMP = 9729, 9987, 33071
 
 
 def write_mesh(
-    mesh: TexturedMesh, path: str | Path, extras: dict[str, Any] | None = None, *, unlit: bool = True
+    mesh: TexturedMesh,
+    path: str | Path,
+    extras: dict[str, Any] | None = None,
+    *,
+    unlit: bool = True,
+    unit_box: bool = True,
+    roughness: float = 1.0,
+    metalness: float = 0.0,
+    max_bytes: int = MAX_BYTES,
 ) -> Path:
-    """Write `mesh` in the format of the suffix of `path`: .glb, .obj or .ply; UsageError for another one."""
+    """Write `mesh` in the format of the suffix of `path`: .glb, .obj or .ply; UsageError for another one.
+
+    unit_box as in `write_glb`, for every format; the rest is for GLB alone.
+    """
     match Path(path).suffix.lower():
         case ".glb":
-            return write_glb(mesh, path, extras, unlit=unlit)
+            return write_glb(
+                mesh,
+                path,
+                extras,
+                unlit=unlit,
+                unit_box=unit_box,
+                roughness=roughness,
+                metalness=metalness,
+                max_bytes=max_bytes,
+            )
         case ".obj":
-            return write_obj(mesh, path, extras)
+            return write_obj(mesh, path, extras, unit_box=unit_box)
         case ".ply":
-            return write_ply(mesh, path, extras)
+            return write_ply(mesh, path, extras, unit_box=unit_box)
         case suffix:
             raise UsageError(f"cannot write a mesh as '{suffix or Path(path).name}'; use .glb, .obj or .ply")
 
@@ -67,27 +87,29 @@ def write_glb(
     name: str = "object",
     unlit: bool = True,
     unit_box: bool = True,
+    roughness: float = 1.0,
+    metalness: float = 0.0,
     max_bytes: int = MAX_BYTES,
 ) -> Path:
     """Write one binary glTF 2.0 file and return its path.
 
     extras: JSON values (prompt, seed, method, versions, ...) kept in `asset.extras`, to which `scene_scale`
     and `scene_centre` are added: scene position = position in the file * scale + centre. name: of node,
-    mesh and material. unit_box: centre the object and make its longest side 1. The texture is a PNG if the
-    file then stays within `max_bytes`, else a JPEG of the best quality that does.
+    mesh and material. unit_box: centre the object and make its longest side 1. roughness, metalness:
+    constants of the material in [0, 1], seen where the texture is lit. The texture is a PNG if the file then
+    stays within `max_bytes`, else a JPEG of the best quality that does.
 
     Raises Uni3DError for numbers that are not finite or a mesh that is inconsistent, UsageError for extras
     that JSON cannot hold or a file that cannot be made small enough; an existing file is then left as it
     was.
     """
-    _check(mesh)
-    centre, scale = np.zeros(3), 1.0
-    if unit_box:
-        mesh, centre, scale = mesh.in_unit_box()
-    placed = (extras or {}) | {"scene_scale": scale, "scene_centre": [float(value) for value in centre]}
+    mesh, placed = _placed(mesh, extras, unit_box)
     content = b""
+    constants = {"metallicFactor": metalness, "roughnessFactor": roughness}
     for image, mime_type in _encodings(mesh.texture):
-        content = _glb_bytes(mesh, image, mime_type, name=name, unlit=unlit, extras=placed)
+        content = _glb_bytes(
+            mesh, image, mime_type, name=name, unlit=unlit, constants=constants, extras=placed
+        )
         if len(content) <= max_bytes:
             return _write_bytes(path, content)
         logger.info("%s texture makes %d bytes, more than %d", mime_type, len(content), max_bytes)
@@ -97,17 +119,17 @@ def write_glb(
     )
 
 
-def write_obj(mesh: TexturedMesh, path: str | Path, extras: dict[str, Any] | None = None) -> Path:
+def write_obj(
+    mesh: TexturedMesh, path: str | Path, extras: dict[str, Any] | None = None, *, unit_box: bool = True
+) -> Path:
     """Write a Wavefront OBJ with a material library and a PNG of the same name beside it; returns the OBJ's
     path.
 
-    Unit box, Y up; the extras and the placement become comment lines. The OBJ comes last, so that whoever
-    sees it finds the other two.
+    unit_box as in `write_glb`; Y up; the extras and the placement become comment lines. The OBJ comes last,
+    so that whoever sees it finds the other two.
     """
-    _check(mesh)
+    mesh, placed = _placed(mesh, extras, unit_box)
     path = Path(path)
-    mesh, centre, scale = mesh.in_unit_box()
-    placed = (extras or {}) | {"scene_scale": scale, "scene_centre": [float(value) for value in centre]}
     library, picture = obj_companions(path)
     # illum 0: the colour as it is, without lights
     material = f"newmtl surface\nKa 0 0 0\nKd 1 1 1\nKs 0 0 0\nillum 0\nmap_Kd {picture.name}\n"
@@ -124,11 +146,12 @@ def write_obj(mesh: TexturedMesh, path: str | Path, extras: dict[str, Any] | Non
     return atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_ply(mesh: TexturedMesh, path: str | Path, extras: dict[str, Any] | None = None) -> Path:
-    """Write a binary PLY with one sRGB colour per vertex, without texture and seams. Unit box, Y up."""
-    _check(mesh)
-    mesh, centre, scale = mesh.in_unit_box()
-    placed = (extras or {}) | {"scene_scale": scale, "scene_centre": [float(value) for value in centre]}
+def write_ply(
+    mesh: TexturedMesh, path: str | Path, extras: dict[str, Any] | None = None, *, unit_box: bool = True
+) -> Path:
+    """Write a binary PLY with one sRGB colour per vertex, without texture and seams; Y up, unit_box as in
+    `write_glb`."""
+    mesh, placed = _placed(mesh, extras, unit_box)
     positions, first, welded = np.unique(mesh.vertices, axis=0, return_index=True, return_inverse=True)
     layout = [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("nx", "<f4"), ("ny", "<f4"), ("nz", "<f4")]
     layout += [("red", "u1"), ("green", "u1"), ("blue", "u1")]
@@ -149,8 +172,27 @@ def write_ply(mesh: TexturedMesh, path: str | Path, extras: dict[str, Any] | Non
     return _write_bytes(path, content)
 
 
+def _placed(
+    mesh: TexturedMesh, extras: dict[str, Any] | None, unit_box: bool
+) -> tuple[TexturedMesh, dict[str, Any]]:
+    """The checked mesh where the file shows it, and the extras with the way back to the scene."""
+    _check(mesh)
+    centre, scale = np.zeros(3), 1.0
+    if unit_box:
+        mesh, centre, scale = mesh.in_unit_box()
+    placement = {"scene_scale": scale, "scene_centre": [float(value) for value in centre]}
+    return mesh, (extras or {}) | placement
+
+
 def _glb_bytes(
-    mesh: TexturedMesh, image: bytes, mime_type: str, *, name: str, unlit: bool, extras: dict[str, Any]
+    mesh: TexturedMesh,
+    image: bytes,
+    mime_type: str,
+    *,
+    name: str,
+    unlit: bool,
+    constants: dict[str, float],
+    extras: dict[str, Any],
 ) -> bytes:
     """The whole file: header, JSON chunk, binary chunk."""
     # 65535 is kept free: it means "restart" to graphics drivers
@@ -174,11 +216,7 @@ def _glb_bytes(
     bounds = {"min": mesh.vertices.min(axis=0).tolist(), "max": mesh.vertices.max(axis=0).tolist()}
     material: dict[str, Any] = {
         "name": name,
-        "pbrMetallicRoughness": {
-            "baseColorTexture": {"index": 0},
-            "metallicFactor": 0.0,
-            "roughnessFactor": 1.0,
-        },
+        "pbrMetallicRoughness": {"baseColorTexture": {"index": 0}, **constants},
     }
     document: dict[str, Any] = {
         "asset": {"version": "2.0", "generator": "uni3d", "extras": extras},
