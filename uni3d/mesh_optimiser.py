@@ -354,14 +354,15 @@ class MeshOptimiser:
             "generator": self.generator.get_state(),
             "student": self.student.state_dict(),
         }
-        return state | self.distiller.state_dict()
+        return state if self._distiller is None else state | self._distiller.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken; configuration and student must be the same."""
         self.student.load_state_dict(state["student"])
-        if self._distiller is None:
-            self._distiller = build_distiller(self.config, self.teacher, self.generator)
-        self.distiller.load_state_dict(state)
+        if self.num_steps > 0:
+            if self._distiller is None:
+                self._distiller = build_distiller(self.config, self.teacher, self.generator)
+            self._distiller.load_state_dict(state)
         # Last, since building the parts draws from it.
         self.generator.set_state(state["generator"])
         self.num_warmup_steps = int(state["num_warmup_steps"])

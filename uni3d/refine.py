@@ -219,6 +219,7 @@ def _write(config: RefineConfig, mesh: TexturedMesh, path: Path) -> Path:
         "refined": config.source.name if config.source is not None else "a mesh in memory",
         "part": config.part,
         "strength": config.strength,
+        "steps": settings.stages.geometry.steps + settings.stages.texture.steps,
     }
     return write_mesh(
         mesh,

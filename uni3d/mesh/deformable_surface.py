@@ -30,6 +30,7 @@ from uni3d.mesh.tetrahedra import (
 
 # Distances beyond this many cubes say nothing about the surface, and would only take longer to change sign.
 MAX_DISTANCE = 2.0
+MIN_DISTANCE = 0.03
 # Pieces with less than this share of the largest one's area are floaters.
 MIN_COMPONENT = 0.02
 
@@ -68,7 +69,11 @@ class DeformableSurface(nn.Module):
             parts.append(
                 signed_distance(surface.vertices, surface.faces, grid, keep_sheets=keep_sheets).reshape(-1)
             )
-        return cls(lattice, torch.from_numpy(np.concatenate(parts)))
+        distance = np.concatenate(parts)
+        # A node right on the surface would make it pass through all its tetrahedra in one point.
+        least = MIN_DISTANCE * lattice.spacing
+        distance = np.where(distance < 0, np.minimum(distance, -least), np.maximum(distance, least))
+        return cls(lattice, torch.from_numpy(distance))
 
     def node_distance(self) -> Tensor:
         """Distances [N] with the border outside, so that the surface is closed at the end of the lattice."""

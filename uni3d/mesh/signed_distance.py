@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import spatial
 
-from uni3d.mesh.surface import Faces, Floats, face_areas
+from uni3d.mesh.surface import Faces, Floats, face_areas, face_normals
 
 # Half the thickness of the slab around what bounds no solid, in grid spacings; thinner ones slip through.
 SLAB_HALF_THICKNESS = 0.6
@@ -91,13 +91,27 @@ def signed_distance(vertices: Floats, faces: Faces, grid: Grid, *, keep_sheets: 
     keep_sheets: give surfaces without an inside the thickness of a slab; without it they vanish, which is
     right for a mesh that is known to be closed.
     """
-    nearest = NearestSurface(vertices, faces, grid.spacing / 4)
-    distance = nearest.distance(grid.points(), EXACT_WITHIN * grid.spacing).reshape(grid.shape)
+    points, limit = grid.points(), EXACT_WITHIN * grid.spacing
+    distance = NearestSurface(vertices, faces, grid.spacing / 4).distance(points, limit)
     inside = is_inside(vertices, faces, grid)
-    signed = np.where(inside, -distance, distance)
-    if not keep_sheets:
+    signed = np.where(inside, -distance.reshape(grid.shape), distance.reshape(grid.shape))
+    sheets = faces[_is_sheet(vertices, faces, grid, inside)] if keep_sheets else faces[:0]
+    if len(sheets) == 0:
         return signed
-    return np.minimum(signed, distance - SLAB_HALF_THICKNESS * grid.spacing)
+    to_sheets = NearestSurface(vertices, sheets, grid.spacing / 4).distance(points, limit)
+    return np.minimum(signed, to_sheets.reshape(grid.shape) - SLAB_HALF_THICKNESS * grid.spacing)
+
+
+def _is_sheet(vertices: Floats, faces: Faces, grid: Grid, inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether a face has the outside on both of its sides, bool [F]: looked up a spacing from its middle."""
+    normal = face_normals(vertices, faces)
+    unit = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-30)
+    middle = np.asarray(vertices, np.float64)[faces].mean(axis=1)
+    has_inside = np.zeros(len(faces), bool)
+    for side in (-grid.spacing, grid.spacing):
+        index = np.rint((middle + side * unit - grid.origin) / grid.spacing).astype(np.int64)
+        has_inside |= inside[tuple(np.clip(index, 0, np.array(grid.shape) - 1).T)]
+    return ~has_inside
 
 
 def is_inside(vertices: Floats, faces: Faces, grid: Grid) -> NDArray[np.bool_]:

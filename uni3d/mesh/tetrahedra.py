@@ -54,9 +54,9 @@ def build_lattice(
     low: NDArray[np.floating], high: NDArray[np.floating], resolution: int
 ) -> TetrahedralLattice:
     """The lattice over the box from `low` [3] to `high` [3], `resolution` cubes along its longest side, with
-    two more cubes on all sides."""
+    two more cubes on all sides. The ends of that side lie between two layers of nodes, not on one."""
     low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
-    spacing = float((high - low).max()) / resolution
+    spacing = float((high - low).max()) / (resolution - 0.5)
     shape = np.maximum(np.ceil((high - low) / spacing - 1e-6).astype(int), 1) + 4
     origin = (low + high) / 2 - shape * spacing / 2
     corner_index = np.arange(np.prod(shape + 1)).reshape(shape + 1)
