@@ -17,6 +17,7 @@ from uni3d.config_loader import config_to_dict, config_to_yaml, load_config
 from uni3d.config_values import DIVERGENCE_NAMES, METHOD_NAMES, parse_divergence, value_at
 from uni3d.errors import ConfigError
 from uni3d.presets import load_run_config, quality_preset
+from uni3d.refine_config import RefineConfig
 from uni3d.resources import resource_path, weights_folder
 
 CONFIGS = resource_path("configs")
@@ -25,8 +26,10 @@ ONE_RUN_KEYS = {"prompt", "negative_prompt", "output", "runs_folder", "resume", 
 
 def schema_of(file: Path) -> Any:
     """The settings that a file of configs/ fills, by its name."""
-    if file.stem.startswith("text_to_3d"):
+    if file.stem.startswith(("text_to_3d", "stages", "uni_instruct")):
         return TextTo3DConfig()
+    if file.stem == "refine":
+        return RefineConfig()
     if file.stem.startswith("teacher"):
         from uni3d.teacher.settings import TeacherConfig
 
