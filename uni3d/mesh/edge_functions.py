@@ -49,8 +49,8 @@ def spread_rows(index: Tensor, num_rows: int) -> Tensor:
 
 
 def gather_rows(table: Tensor, index: Tensor, is_used: Tensor) -> Tensor:
-    """Rows [..., K, C] of `table` [R, C] at int64 `index` [..., K]; 0, whatever is there, where `is_used` [...]
-    is not.
+    """Rows [..., K, C] of `table` [R, C] at int64 `index` [..., K]; 0 where `is_used` [...] is not, whatever
+    the row holds.
 
     `index_select`, because its gradient is one deterministic scatter on a CPU and plain atomic additions on
     a GPU, where that of `table[index]` sorts.

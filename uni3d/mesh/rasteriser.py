@@ -14,13 +14,14 @@ Legend: B cameras, C channels, V vertices, F faces, H W pixels.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from uni3d.errors import UsageError
+from uni3d.errors import MissingPackageError, UsageError
 from uni3d.mesh.antialias import MeshEdges, blend_silhouettes, mesh_edges
 from uni3d.mesh.edge_functions import gather_rows, hit_points, spread_rows
 from uni3d.scene.camera import Cameras
@@ -73,7 +74,9 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
         return name, "asked for"
     if device.type != "cuda":
         return "torch", f"the vertices are on {device.type}"
-    return "torch", "the only one so far"
+    if importlib.util.find_spec("triton") is None:
+        return "torch", "the vertices are on a CUDA device, but triton is not installed"
+    return "triton", "the vertices are on a CUDA device"
 
 
 def rasterise(
@@ -168,12 +171,20 @@ def _check_mesh(vertices: Tensor, faces: Tensor) -> None:
 
 
 def _passes(backend: str) -> ModuleType:
-    """The module with `visible_faces` and `crossing_edges`."""
-    if backend != "torch":
-        raise UsageError(f"the rasteriser {backend!r} does not exist yet; use torch")
-    from uni3d.mesh import rasteriser_torch
-
-    return rasteriser_torch
+    """The module with `visible_faces` and `crossing_edges`; imported only when asked for."""
+    if backend == "torch":
+        from uni3d.mesh import rasteriser_torch as passes
+    elif backend == "triton":
+        try:
+            from uni3d.mesh import rasteriser_triton as passes
+        except ImportError as error:
+            raise MissingPackageError(
+                "the rasteriser triton needs the package triton, which comes with CUDA builds of torch; install "
+                "it or use torch"
+            ) from error
+    else:
+        from uni3d.mesh import rasteriser_nvdiffrast as passes
+    return passes
 
 
 def _empty_fragments(vertices: Tensor, shape: tuple[int, int, int], backend: str) -> Fragments:

@@ -47,7 +47,7 @@ def visible_faces(projected: Tensor, faces: Tensor, height: int, width: int) -> 
         triangle = drawn[item[hit]]
         pixel = (triangle // num_faces * height + y[hit]) * width + x[hit]
         keys.scatter_reduce_(0, pixel, _pack(depth[hit], triangle % num_faces), "amin")
-    return _unpack(keys).view(num_cameras, height, width)
+    return unpack_keys(keys).view(num_cameras, height, width)
 
 
 def crossing_edges(
@@ -89,7 +89,7 @@ def crossing_edges(
         share = x - 0.5 - column
         left_over = torch.where(left_is_nearer, 1 - share, share).clamp(min=0)
         keys.scatter_reduce_(0, left[hit], _pack(left_over[hit], edge[item[hit]]), "amin")
-    return _unpack(keys).view(num_cameras, height, width)
+    return unpack_keys(keys).view(num_cameras, height, width)
 
 
 def _candidates(count: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -166,6 +166,6 @@ def _pack(value: Tensor, index: Tensor) -> Tensor:
     return (value.contiguous().view(torch.int32).long() << 32) | index
 
 
-def _unpack(keys: Tensor) -> Tensor:
+def unpack_keys(keys: Tensor) -> Tensor:
     """The int32 index in each key; -1 where nothing was written."""
     return torch.where(keys == NOTHING, -1, keys & 0xFFFFFFFF).int()

@@ -112,9 +112,9 @@ class Cameras:
     def project(self, points: Tensor, height: int, width: int) -> Tensor:
         """World points [P, 3] in homogeneous pixels [B, P, 3], the dtype of `points`, differentiable in them.
 
-        (x depth, y depth, depth): depth is measured along the viewing axis in scene units, negative behind the
-        camera, so nothing is divided and no point is singular; x and y count pixels from the top left corner
-        of the image, y downwards. `rays` looks through (column + 0.5, row + 0.5).
+        (x depth, y depth, depth): depth is measured along the viewing axis in scene units, negative behind
+        the camera, so nothing is divided and no point is singular; x and y count pixels from the top left
+        corner of the image, y downwards. `rays` looks through (column + 0.5, row + 0.5).
         """
         # Written out instead of as a matrix product, which autocast or TF32 would round to ten bits.
         px, py, pz = points[None, :, :].unbind(-1)
