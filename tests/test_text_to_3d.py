@@ -28,10 +28,10 @@ from uni3d.mesh.report import mesh_report, read_extras
 from uni3d.scene_optimiser import DEFAULT_DIVERGENCE, SceneOptimiser, resolve_recipe
 from uni3d.text_to_3d import (
     TextTo3DPipeline,
-    load_teacher,
     _MemoryStore,
     choose_device,
     generate,
+    load_teacher,
     provenance,
 )
 

@@ -21,6 +21,7 @@ from uni3d.config_loader import config_to_yaml, load_config
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import UsageError
 from uni3d.mesh.export import write_mesh
+from uni3d.mesh.glb_writer import write_glb
 from uni3d.mesh.mesh_input import read_untrusted_mesh
 from uni3d.mesh.renderable import RenderableMesh
 from uni3d.mesh.repair import PreparedMesh, prepare_for_refine
@@ -39,7 +40,6 @@ from uni3d.text_to_3d import (
     choose_device,
     interruption,
     load_teacher,
-    material_options,
     provenance,
     run_in_memory,
     run_optimiser,
@@ -114,7 +114,7 @@ class RefineResult:
     seconds: dict[str, float]
 
     def save(self, path: str | Path) -> Path:
-        """Write the mesh; .glb, .obj or .ply by the suffix. Returns the path."""
+        """Write the mesh; .glb, .obj, .ply, .stl or .usdz by the suffix. Returns the path."""
         return _write(self.config, self.mesh, Path(path))
 
 
@@ -221,14 +221,10 @@ def _write(config: RefineConfig, mesh: TexturedMesh, path: Path) -> Path:
         "strength": config.strength,
         "steps": settings.stages.geometry.steps + settings.stages.texture.steps,
     }
-    return write_mesh(
-        mesh,
-        path,
-        provenance(settings) | refined,
-        unit_box=False,
-        max_bytes=MAX_OUTPUT_BYTES,
-        **material_options(settings),
-    )
+    extras = provenance(settings) | refined
+    if path.suffix.lower() == ".glb":
+        return write_glb(mesh, path, extras, unit_box=False, max_bytes=MAX_OUTPUT_BYTES)
+    return write_mesh(mesh, path, extras, unit_box=False)
 
 
 def _write_results(

@@ -47,7 +47,7 @@ class RefineConfig:
     negative_prompt: str = ""
     """What the result should not look like."""
     output: Path | None = None
-    """Where the mesh goes (.glb, .obj or .ply); none leaves it in the run directory."""
+    """Where the mesh goes (.glb, .obj, .ply, .stl or .usdz); none leaves it in the run directory."""
     part: Part = "texture"
     """What changes: texture, geometry or both; --texture, --geometry and --both are short for it."""
     strength: float = 1.0

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 import uni3d
@@ -46,6 +47,7 @@ from uni3d.scene.camera import ring_cameras
 from uni3d.scene.regularisers import fog_fraction
 from uni3d.scene_optimiser import SceneOptimiser, resolve_recipe
 from uni3d.stages import StagedOptimiser, make_optimiser
+from uni3d.stages_config import TextureConfig
 from uni3d.training.checkpoint import CheckpointStore, atomic_write, atomic_write_json
 from uni3d.training.run_log import NonFiniteGuard, Progress, RunDirectory
 from uni3d.training.stop import StopFlag
@@ -80,9 +82,8 @@ class TextTo3DResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Write the mesh; .glb, .obj or .ply by the suffix. Returns the path."""
-        extras = provenance(self.config)
-        return write_mesh(self.mesh, Path(path), extras=extras, **material_options(self.config))
+        """Write the mesh; .glb, .obj, .ply, .stl or .usdz by the suffix. Returns the path."""
+        return write_mesh(self.mesh, Path(path), extras=provenance(self.config))
 
 
 @dataclass(frozen=True)
@@ -229,12 +230,13 @@ def provenance(config: TextTo3DConfig) -> dict[str, Any]:
     }
 
 
-def material_options(config: TextTo3DConfig) -> dict[str, Any]:
-    """How `write_mesh` describes the material: colours that hold the light already are not lit again."""
-    texture = config.stages.texture
-    if not (texture.steps and texture.lit):
-        return {}
-    return {"unlit": False, "roughness": texture.roughness, "metalness": texture.metalness}
+def with_material(mesh: TexturedMesh, settings: TextureConfig) -> TexturedMesh:
+    """`mesh` with the constants of its material, if its texture was made without light."""
+    if not (settings.steps and settings.lit):
+        return mesh  # the colours hold the light already, so the material stays unlit
+    constants = np.rint(255 * np.array([settings.roughness, settings.metalness])).astype(np.uint8)
+    maps = np.broadcast_to(constants, (*mesh.texture.shape[:2], 2)).copy()
+    return dataclasses.replace(mesh, roughness_metalness=maps)
 
 
 # ---------------------------------------------------------------------- the steps
@@ -337,7 +339,7 @@ def build_mesh(optimiser: RunOptimiser) -> tuple[TexturedMesh, dict[str, Any], d
         "field_match": comparison,
         "fog": fog_fraction(rendered.opacity),
     }
-    return mesh, figures, seconds
+    return with_material(mesh, optimiser.config.stages.texture), figures, seconds
 
 
 @contextmanager
@@ -505,7 +507,7 @@ def _loop(
 
 def _write_interrupted_mesh(mesh: TexturedMesh, config: TextTo3DConfig, run: RunDirectory) -> None:
     """The mesh as it stands, so that a stopped run is not empty-handed."""
-    write_mesh(mesh, run.path / "mesh.glb", extras=provenance(config), **material_options(config))
+    write_mesh(mesh, run.path / "mesh.glb", extras=provenance(config))
     write_preview(mesh, run.path / "preview.png")
 
 
@@ -529,8 +531,7 @@ def _write_results(
     with timed(seconds, "export"):
         extras = provenance(config)
         written = [
-            write_mesh(mesh, run.path / f"mesh.{suffix}", extras=extras, **material_options(config))
-            for suffix in config.mesh.formats
+            write_mesh(mesh, run.path / f"mesh.{suffix}", extras=extras) for suffix in config.mesh.formats
         ]
         write_preview(mesh, run.path / "preview.png")
         if config.mesh.turntable_frames > 0:
@@ -559,7 +560,7 @@ def _deliver(run: RunDirectory, config: TextTo3DConfig, mesh: TexturedMesh, extr
     same = run.path / f"mesh{target.suffix.lower()}"
     if target.suffix.lower() != ".obj" and same.is_file():
         return atomic_write(target, lambda temporary: shutil.copyfile(same, temporary))
-    return write_mesh(mesh, target, extras=extras, **material_options(config))
+    return write_mesh(mesh, target, extras=extras)
 
 
 def _fingerprint(config: TextTo3DConfig) -> dict[str, Any]:

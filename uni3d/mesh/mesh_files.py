@@ -47,7 +47,7 @@ class MeshFile:
     """What a file holds: the mesh, and what the mesh alone does not tell.
 
     picture_sizes: (width, height) of every picture before it was reduced; num_dropped: triangles left out
-    because they have no area or corners that are not finite; is_unlit: a GLB says so of all its materials;
+    because they have no area or corners that are not finite; is_unlit: the file says so of all its materials;
     extras: `asset.extras` of a GLB; missing: names that an OBJ refers to and that are not beside it; refused:
     why a reference was not followed, "" if none was refused.
     """
@@ -207,13 +207,17 @@ def _read_with_trimesh(
     parts: list[Any] = loaded.dump() if isinstance(loaded, trimesh.Scene) else [loaded]
     materials: list[Material] = []
     sizes: list[tuple[int, int]] = []
+    is_unlit = True
     for part in parts:
         faces = getattr(part, "faces", None)
         if faces is None or len(faces) == 0:
             soup.num_points += len(getattr(part, "vertices", ()))
             continue
         visual: Any = part.visual
-        image = getattr(getattr(visual, "material", None), "image", None)
+        given = getattr(visual, "material", None)
+        image = getattr(given, "image", None)
+        # an OBJ's illumination model 0 is colour without light
+        is_unlit &= (getattr(given, "kwargs", None) or {}).get("illum") == ["0"]
         sizes += [] if image is None else [image.size]
         materials.append(_trimesh_material(visual, max_texture))
         uv = getattr(visual, "uv", None)
@@ -230,6 +234,7 @@ def _read_with_trimesh(
     return MeshFile(
         soup.mesh(materials),
         picture_sizes=tuple(sizes),
+        is_unlit=is_unlit,
         missing=tuple(resolver.missing),
         refused=resolver.refused,
     )
