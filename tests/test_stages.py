@@ -19,6 +19,7 @@ from uni3d.config import (
     TextTo3DConfig,
 )
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
+from uni3d.mesh.extraction import EmptySurfaceError
 from uni3d.mesh.report import mesh_report
 from uni3d.stages import StagedOptimiser, make_optimiser
 from uni3d.stages_config import GeometryConfig, StageGuidanceConfig, StagesConfig, TextureConfig
@@ -149,6 +150,22 @@ def test_generate_runs_all_stages_and_writes_a_closed_mesh(tiny_teacher_folder: 
     assert result.report["field_match"]["psnr_db"] > 25.0
     lines = (result.run_directory / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 7 and '"stage": "texture"' in lines[-1]
+
+
+def test_a_field_of_fog_still_hands_over_a_surface(
+    teacher: LatentDiffusionTeacher, caplog: pytest.LogCaptureFixture
+) -> None:
+    optimiser = StagedOptimiser(_config(method="sds", steps=1), teacher)
+    optimiser.prepare()
+    optimiser.step()
+    with torch.no_grad():
+        optimiser.field.density_grids[0].sub_(8.0)
+    with pytest.raises(EmptySurfaceError, match="no surface"):
+        optimiser.surface()
+    optimiser.step()
+    assert optimiser.stage == "geometry" and optimiser.surface().report["closed"]
+    assert "densest part" in caplog.text
+    optimiser.close()
 
 
 def test_without_steps_there_are_no_stages(teacher: LatentDiffusionTeacher) -> None:

@@ -25,7 +25,7 @@ from uni3d.diffusion.prompt import PromptContexts
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import ConfigError
 from uni3d.losses import recipes
-from uni3d.mesh.extraction import extract_surface
+from uni3d.mesh.extraction import densest_level, extract_surface
 from uni3d.mesh.surface import Surface
 from uni3d.scene.backgrounds import random_backgrounds, random_greys
 from uni3d.scene.camera import Cameras, sample_orbit_cameras
@@ -232,12 +232,20 @@ class SceneOptimiser:
     def surface(self) -> Surface:
         """The field's closed surface, at an iso level that suits it; EmptySurfaceError if it has none."""
         self.occupancy.update(self.field)
+        return self._surface_at(self.config.mesh.iso_level)
+
+    def densest_surface(self) -> Surface:
+        """The surface of the densest part of a field that is fog all over; EmptySurfaceError if all of it is
+        alike."""
+        return self._surface_at(densest_level(self.field.density, self.field.half_extent, device=self.device))
+
+    def _surface_at(self, iso_level: float | None) -> Surface:
         settings = self.config.mesh
         return extract_surface(
             self.field.density,
             self.field.half_extent,
             settings.resolution,
-            iso_level=settings.iso_level,
+            iso_level=iso_level,
             max_triangles=settings.max_triangles,
             device=self.device,
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 from uni3d.config import TextTo3DConfig
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.mesh.deformable_surface import DeformableSurface
+from uni3d.mesh.extraction import EmptySurfaceError
 from uni3d.mesh.renderable import RenderableMesh
 from uni3d.mesh.source_colour import SourceColour
 from uni3d.mesh.surface import Surface
@@ -114,7 +115,7 @@ class StagedOptimiser:
     def _advance(self) -> None:
         """Enter the next stage that has steps, with what the current one made."""
         following = next(name for name in STAGES[STAGES.index(self.stage) + 1 :] if self._lengths[name])
-        surface = self.surface()
+        surface = self._surface_to_go_on_with()
         before = self.current.distiller
         guidance = getattr(self.config.stages, following).guidance
         goes_on = is_same_recipe(self.config, guidance, before)
@@ -127,6 +128,16 @@ class StagedOptimiser:
             self.current.go_on_with(before)
         else:
             self.current.prepare(before_step=self._before_step, real_latents=before.real_latents)
+
+    def _surface_to_go_on_with(self) -> Surface:
+        """The surface as it stands, or if the field has none, that of its densest part."""
+        try:
+            return self.surface()
+        except EmptySurfaceError as error:
+            if not isinstance(self.current, SceneOptimiser):
+                raise
+            logger.warning("%s; the next stage starts from the densest part of the field instead", error)
+            return self.current.densest_surface()
 
     def _enter(self, stage: str, start: Surface) -> None:
         """Build the optimiser of `stage`, which starts from `start` and the colours that there are."""

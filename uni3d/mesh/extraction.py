@@ -134,6 +134,24 @@ def extract_surface(
     return surface
 
 
+def densest_level(
+    density_fn: DensityFunction,
+    half_extent: float,
+    *,
+    share: float = 0.02,
+    device: torch.device | str = "cpu",
+) -> float:
+    """The density that the densest `share` of the box exceeds: an iso level for a field that is fog all over,
+    to start a surface from rather than to show. EmptySurfaceError if the densities do not differ."""
+    ticks = np.linspace(-half_extent, half_extent, COARSE_RESOLUTION, dtype=np.float32)
+    points = np.stack(np.meshgrid(ticks, ticks, ticks, indexing="ij"), axis=-1).reshape(-1, 3)
+    density = _Evaluator(density_fn, 1 << 17, torch.device(device))(points)
+    level = float(np.quantile(density, 1 - share))
+    if not 0 < level < float(density.max()):
+        raise EmptySurfaceError(_empty_message("its density is the same everywhere"))
+    return level
+
+
 def finished_surface(
     vertices: NDArray[np.floating],
     faces: NDArray[np.int64],
