@@ -79,7 +79,7 @@ def test_a_larger_ball_covers_more_by_as_much_as_its_gradient_says() -> None:
 
 
 def test_learning_under_lights_takes_the_light_out_of_the_colours() -> None:
-    """A grey object under changing lights, fitted without a light and under other lights of the same kind: the
+    """A grey object, fitted without a light and under other lights of the same kind as in its pictures: the
     second leaves less of the light in the colours."""
     normals = torch.nn.functional.normalize(torch.randn(400, 3), dim=1)
     generator = torch.Generator().manual_seed(0)
