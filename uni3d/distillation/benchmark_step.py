@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from uni3d.diffusion.edm import PRESETS, EDMConfig, preset, skeleton
 from uni3d.distillation.training_steps import BUILDS, StepBuilder, StepSetup, TrainingStep
 from uni3d.errors import UsageError
-from uni3d.losses import recipes
 from uni3d.losses.recipe import Recipe
 from uni3d.training.checkpoint import atomic_write_json
 
@@ -52,12 +51,11 @@ RECIPES: dict[str, tuple[str, str | None]] = {
 """What is costed: names of the table, and what `recipes.get` is asked for."""
 
 
-def recipe_called(name: str) -> Recipe:
-    """A recipe of `RECIPES`, unguided as image teachers are; UsageError for an unknown name."""
+def recipe_called(name: str) -> tuple[str, str | None]:
+    """(method, divergence) of a name of `RECIPES`; UsageError for an unknown one."""
     if name not in RECIPES:
         raise UsageError(f"unknown recipe {name[:80]!r}; expected one of {', '.join(RECIPES)}")
-    method, divergence = RECIPES[name]
-    return recipes.get(method, divergence, guidance_scale=1.0, fake_guidance_scale=1.0)
+    return RECIPES[name]
 
 
 # ---- the work of a step
@@ -89,7 +87,9 @@ def step_passes(recipe: Recipe) -> Passes:
     if recipe.needs_fake_score:
         full += 2 if recipe.needs_fake_jacobian else 1
         if reads_gradient and not recipe.needs_fake_jacobian:
-            encoder += 2  # once more with a graph, and backwards
+            encoder += 1  # backwards; the decoder runs without a graph
+    if recipe.regression_weight > 0:
+        full += 3  # the student once more, on the teacher's pairs
     if recipe.needs_fake_score or recipe.needs_discriminator:
         # A fake image, the fake score on it, and the encoder on a real one.
         full += recipe.fake_steps * 4
@@ -233,8 +233,9 @@ class BenchmarkSettings:
     """Of the comparison of builds."""
     recipes: tuple[str, ...] = ()
     """To be timed in the first build; all are costed in passes."""
-    compile_mode: str | None = "default"
-    precision: str = "bfloat16"
+    compile: bool = True
+    """torch.compile in the project's build, on a GPU."""
+    precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "cuda"
     num_warmup: int = 5
     num_repeats: int = 20
@@ -277,13 +278,15 @@ def run_benchmark(
     torch.backends.cudnn.benchmark = True
     full, encoder = forward_flops(config)
     rate = matrix_rate(device, size=settings.matrix_size)
+    method, divergence = recipe_called(settings.recipe)
     setup = StepSetup(
         config=config,
-        recipe=recipe_called(settings.recipe),
+        method=method,
+        divergence=divergence,
         batch_size=settings.batch_size,
         device=device,
-        body_dtype=getattr(torch, settings.precision),
-        compile_mode=settings.compile_mode,
+        precision=settings.precision,
+        compile=settings.compile,
         micro_batch=min(settings.micro_batch, settings.batch_size),
     )
     result: dict[str, Any] = {
@@ -302,30 +305,31 @@ def run_benchmark(
     )
     report(HEADER)
 
-    def timed(build: str, recipe: Recipe, title: str) -> dict[str, Any]:
-        passes = step_passes(recipe)
+    def timed(build: str, setup: StepSetup, title: str) -> dict[str, Any]:
+        passes = step_passes(setup.recipe)
         timing = time_build(
             builder_called(build),
-            dataclasses.replace(setup, recipe=recipe),
+            setup,
             num_warmup=settings.num_warmup,
             num_repeats=settings.num_repeats,
         )
         work = passes.flops(full, encoder) * timing.images_per_s
-        row = {**_cost(recipe, full, encoder), **asdict(timing), "share_of_matrix_rate": work / rate}
+        row = {**_cost(setup.recipe, full, encoder), **asdict(timing), "share_of_matrix_rate": work / rate}
         report(row_text(title, row))
         return row
 
     for build in settings.builds:
-        result["builds"][build] = timed(build, setup.recipe, build)
+        result["builds"][build] = timed(build, setup, build)
     if {"project", "released"} <= result["builds"].keys():
         speeds = {name: result["builds"][name]["images_per_s"] for name in ("project", "released")}
         result["speedup"] = speeds["project"] / speeds["released"]
         report(f"project against released: {result['speedup']:.2f} times the images/s")
     for name in RECIPES:
-        recipe = recipe_called(name)
+        method, divergence = recipe_called(name)
+        named = dataclasses.replace(setup, method=method, divergence=divergence)
         is_timed = name in settings.recipes
         result["recipes"][name] = (
-            timed(settings.builds[0], recipe, name) if is_timed else _cost(recipe, full, encoder)
+            timed(settings.builds[0], named, name) if is_timed else _cost(named.recipe, full, encoder)
         )
     return result
 
@@ -365,8 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--build", nargs="+", default=list(defaults.builds), help="what is timed")
     parser.add_argument("--recipe", default=defaults.recipe, choices=list(RECIPES))
     parser.add_argument("--recipes", nargs="*", default=[], choices=[*RECIPES, "all"], help="timed as well")
-    parser.add_argument("--compile", default=defaults.compile_mode, help="mode of torch.compile, or none")
-    parser.add_argument("--precision", default=defaults.precision, choices=["bfloat16", "float32"])
+    parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
+    parser.add_argument("--precision", default=defaults.precision, choices=["bf16", "fp32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--warmup", type=int, default=defaults.num_warmup)
     parser.add_argument("--repeats", type=int, default=defaults.num_repeats)
@@ -380,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         builds=tuple(given.build),
         recipe=given.recipe,
         recipes=tuple(RECIPES) if "all" in given.recipes else tuple(given.recipes),
-        compile_mode=None if given.compile == "none" else given.compile,
+        compile=not given.no_compile,
         precision=given.precision,
         device=given.device,
         num_warmup=given.warmup,

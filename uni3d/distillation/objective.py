@@ -109,39 +109,42 @@ def companion_losses(
     with torch.no_grad():
         x0 = generate(view.student, draw.latent, draw.labels, settings.sigma_init)
         x_t = x0 + over_elements(draw.sigma, x0) * draw.eps
-    uses_own_features = view.head is not None and settings.placement == "fake_score"
-    prediction, features = _predict(
-        view.fake,
-        x_t,
-        draw,
-        x0="gradient",
-        features="gradient" if uses_own_features else "nothing",
-    )
-    assert prediction is not None
+    features = None
+    if view.head is None:
+        prediction = view.fake(x_t, draw.sigma, draw.labels)
+    else:
+        prediction, features = _companion_predictions(view, draw, x_t, real, settings.placement)
     error = denoising_loss(
         prediction, x0, draw.sigma, weighting="edm", sigma_data=settings.sigma_data, reduction="sum"
     )
     elements = x0[0].numel()
     statistics = {"fake_score_loss": error.detach() / elements}
-    if view.head is None:
+    if view.head is None or features is None:
         return error, statistics
-    if real is None or draw.real_eps is None:
-        raise ValueError("the discriminator needs real images and noise on them: pass real and draw.real_eps")
-    real_t = real + over_elements(draw.sigma, real) * draw.real_eps
-    if uses_own_features:
-        _, real_features = _predict(view.fake, real_t, draw, x0="nothing", features="gradient")
-    else:
-        assert view.teacher is not None
-        _, features = _predict(view.teacher, x_t, draw, x0="nothing", features="value")
-        _, real_features = _predict(view.teacher, real_t, draw, x0="nothing", features="value")
-    assert features is not None and real_features is not None
-    logits = view.head(torch.cat([real_features, features]), torch.cat([draw.sigma, draw.sigma]))
-    real_logits, fake_logits = logits.chunk(2)
+    fake_logits, real_logits = view.head(features, torch.cat([draw.sigma, draw.sigma])).chunk(2)
     critic = discriminator_loss(real_logits, fake_logits)
     statistics["discriminator_loss"] = critic.detach()
     statistics["real_logit"] = mean_per_sample(real_logits.detach())
     statistics["fake_logit"] = mean_per_sample(fake_logits.detach())
     return error + settings.discriminator_weight * elements * critic, statistics
+
+
+def _companion_predictions(
+    view: CompanionView, draw: Draw, x_t: Tensor, real: Tensor | None, placement: Placement
+) -> tuple[Tensor, Tensor]:
+    """(the fake score's x0-prediction at x_t [B, C, H, W], what the head reads of x_t and then of the noisy
+    real images [2 B, F, h, w]). One encoder pass sees both halves."""
+    if real is None or draw.real_eps is None:
+        raise ValueError("the discriminator needs real images and noise on them: pass real and draw.real_eps")
+    both = torch.cat([x_t, real + over_elements(draw.sigma, real) * draw.real_eps])
+    sigma = torch.cat([draw.sigma, draw.sigma])
+    labels = None if draw.labels is None else torch.cat([draw.labels, draw.labels])
+    if placement == "fake_score":
+        return view.fake(both, sigma, labels, output="both", num_decoded=x_t.shape[0])
+    assert view.teacher is not None
+    with torch.no_grad():
+        features = view.teacher(both, sigma, labels, output="features")
+    return view.fake(x_t, draw.sigma, draw.labels), features
 
 
 def student_losses(

@@ -1,37 +1,46 @@
-"""Two builds of one Uni-Instruct training step, for `benchmark_step`: how fast it can be, and how it was.
+"""Two builds of one Uni-Instruct training step, for `benchmark_step`: this project's, and how it was.
 
-Both update the fake score with its discriminator (logits are the mean over channels of the fake score's
-encoder output) and then the student, on the same networks, batch and loss of `uni3d.losses`.
+Both update the fake score with its discriminator and then the student, on networks and batches of the same
+sizes and with the losses of `uni3d.losses`.
 
-- `ProjectStep`: bfloat16 bodies, channels last, `torch.compile`, one pass for real and fake images, frozen
-  views in place of toggled parameters, fused optimisers, and nothing that waits for the device.
+- `ProjectStep`: the step of `uni3d distill` itself (`StudentTraining`), on random images.
 - `ReleasedStep`: float32 without TF32, eager, NCHW, micro-batches, materialised attention, separate passes,
-  tests for NaN that wait for the device, a loop over parameters for gradients and averages.
+  tests for NaN that wait for the device, a loop over parameters for gradients and averages; its discriminator
+  is the mean over channels of the fake score's encoder output.
 
 Legend: B batch, C channels, H W pixels, K classes.
 """
-
-# pyright: reportPrivateImportUsage=false
-# torch's foreach functions, which its own optimisers are made of, have an underscore and no substitute.
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from uni3d.diffusion.edm import EDMConfig, EDMDenoiser, skeleton
+from uni3d.data.image_dataset import ArraySource, ImageDataset
+from uni3d.diffusion.edm import EDMConfig, EDMDenoiser
 from uni3d.distillation.sampling import SIGMA_INIT
+from uni3d.distillation.session import prepare_device
+from uni3d.distillation.settings import (
+    CompanionsConfig,
+    DistillConfig,
+    MethodConfig,
+    OptimiserConfig,
+    RunConfig,
+)
+from uni3d.distillation.student_training import StudentTraining
 from uni3d.losses import recipes
-from uni3d.losses.discriminator import RatioNormaliser, discriminator_loss, log_ratio_from_logits
+from uni3d.losses.discriminator import discriminator_loss, log_ratio_from_logits
 from uni3d.losses.fake_score import denoising_loss
 from uni3d.losses.noise_schedule import sample_lognormal_sigma, sample_rho_sigma
 from uni3d.losses.recipe import Recipe
+from uni3d.training.processes import Processes
 
 GENERATOR_SIGMA_MAX = 24.41
 """Highest noise level of the student's step in the published runs."""
@@ -44,17 +53,25 @@ class StepSetup:
     """What is trained; the same for every build."""
 
     config: EDMConfig
-    recipe: Recipe
+    method: str
+    """Name of a recipe."""
+    divergence: str | None
+    """Where the recipe leaves it open."""
     batch_size: int
     device: torch.device
-    body_dtype: torch.dtype = torch.bfloat16
+    precision: Literal["bf16", "fp32"] = "bf16"
     """Of the project's build; the released one computes in float32."""
-    compile_mode: str | None = "default"
-    """Of torch.compile in the project's build; None leaves it out."""
+    compile: bool = True
+    """torch.compile in the project's build on a GPU."""
     micro_batch: int = 128
     """Images at once in the released build, which accumulates gradients over the batch."""
     learning_rate: float = 1e-5
     seed: int = 0
+
+    @property
+    def recipe(self) -> Recipe:
+        """Unguided, as image teachers are."""
+        return recipes.get(self.method, self.divergence, guidance_scale=1.0, fake_guidance_scale=1.0)
 
 
 class TrainingStep(Protocol):
@@ -64,17 +81,6 @@ class TrainingStep(Protocol):
 
 
 StepBuilder = Callable[[StepSetup], TrainingStep]
-
-
-def frozen_view(net: EDMDenoiser) -> EDMDenoiser:
-    """A network in eval mode that shares the values of `net`, before and after updates, but not its
-    gradients.
-
-    With one there is no need to switch `net` between training and use, which compiled code would notice.
-    """
-    view = skeleton(net.config, body_dtype=net.body_dtype)
-    view.load_state_dict({name: value.detach() for name, value in net.state_dict().items()}, assign=True)
-    return view.requires_grad_(False).eval()
 
 
 def logits_of(features: Tensor) -> Tensor:
@@ -105,158 +111,61 @@ class RealImages:
         return images, torch.nn.functional.one_hot(classes, self.num_classes).float()
 
 
-def _networks(setup: StepSetup, body_dtype: torch.dtype) -> list[EDMDenoiser]:
-    """Student, fake score and teacher with the same values, as they are at the start of a distillation."""
-    generator = torch.Generator().manual_seed(setup.seed)
-    first = EDMDenoiser(setup.config, body_dtype=body_dtype, generator=generator)
-    nets = [first]
-    for _ in range(2):
-        other = EDMDenoiser(setup.config, body_dtype=body_dtype)
-        other.load_state_dict(first.state_dict())
-        nets.append(other)
-    for net in nets:
-        if net.model.map_augment is not None:
-            net.model.map_augment.requires_grad_(False)
-    return [net.to(setup.device) for net in nets]
-
-
-def _trained(net: EDMDenoiser) -> list[Tensor]:
-    return [parameter for parameter in net.parameters() if parameter.requires_grad]
+def random_images(setup: StepSetup) -> ImageDataset:
+    """As many random images as a batch has, with random classes where the network knows any."""
+    config = setup.config
+    generator = np.random.default_rng(setup.seed)
+    shape = (setup.batch_size, config.image_channels, config.resolution, config.resolution)
+    return ImageDataset(
+        name="random",
+        source=ArraySource(generator.integers(0, 256, shape, dtype=np.uint8)),
+        labels=generator.integers(0, config.label_dim, setup.batch_size) if config.label_dim else None,
+        num_classes=config.label_dim,
+        num_channels=config.image_channels,
+        resolution=config.resolution,
+    )
 
 
 class ProjectStep:
-    """The step as this project does it."""
+    """The step of `uni3d distill`, past its warm-ups."""
 
     def __init__(self, setup: StepSetup) -> None:
-        self.setup, self.recipe, self.device = setup, setup.recipe, setup.device
-        self.real_images = RealImages(setup)
-        student, fake, teacher = (
-            net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-            for net in _networks(setup, setup.body_dtype)
+        prepare_device(setup.device)
+        self.training = StudentTraining(
+            distill_config(setup),
+            EDMDenoiser(setup.config, generator=torch.Generator().manual_seed(setup.seed)),
+            random_images(setup),
+            device=setup.device,
+            processes=Processes(),
         )
-        student.train()
-        fake.train()
-        self.student_parameters, self.fake_parameters = _trained(student), _trained(fake)
-        self.average = [parameter.detach().clone() for parameter in self.student_parameters]
-        self.student, self.fake = self._compiled(student), self._compiled(fake)
-        self.student_view = self._compiled(frozen_view(student))
-        self.fake_view = self._compiled(frozen_view(fake))
-        self.teacher = self._compiled(teacher.requires_grad_(False).eval())
-        self.student_optimiser = self._optimiser(self.student_parameters)
-        self.fake_optimiser = self._optimiser(self.fake_parameters)
-        self.normaliser = RatioNormaliser().to(self.device) if self.recipe.normalise_ratio else None
-        self.generator = torch.Generator(self.device).manual_seed(setup.seed)
-        self.num_skipped = torch.zeros((), device=self.device)
-        self.sigma_init = torch.full((1,), SIGMA_INIT, device=self.device)
+        self.index = 0
 
     def __call__(self) -> None:
-        real, labels = self.real_images.batch()
-        if self.recipe.needs_fake_score or self.recipe.needs_discriminator:
-            for _ in range(self.recipe.fake_steps):
-                self.companion_step(real, labels)
-        self.student_step(labels)
+        self.training.step(self.index)
+        self.index += 1
 
-    def companion_step(self, real: Tensor, labels: Tensor | None) -> None:
-        """Update the fake score, and the discriminator in its encoder, on new fakes."""
-        size = len(real)
-        with torch.no_grad():
-            fake = self.student_view(self._start(size), self.sigma_init, labels)
-        sigma = self._lognormal(size)
-        loss = fake.new_zeros(())
-        if self.recipe.needs_discriminator:
-            clean = torch.cat([fake, real])
-            both_sigma = torch.cat([sigma, sigma])
-            noisy = clean + both_sigma[:, None, None, None] * self._normal(clean.shape)
-            both_labels = None if labels is None else torch.cat([labels, labels])
-            x0, features = self.fake(noisy, both_sigma, both_labels, output="both", num_decoded=size)
-            fake_logits, real_logits = logits_of(features).chunk(2)
-            loss = loss + discriminator_loss(real_logits, fake_logits).mean()
-        else:
-            x0 = self.fake(fake + sigma[:, None, None, None] * self._normal(fake.shape), sigma, labels)
-        loss = loss + denoising_loss(x0, fake, sigma, weighting="edm", reduction="sum").mean()
-        gradients = torch.autograd.grad(loss, self.fake_parameters, allow_unused=True)
-        self._update(self.fake_optimiser, self.fake_parameters, gradients)
 
-    def student_step(self, labels: Tensor | None) -> None:
-        """Update the student, and its average."""
-        size = self.setup.batch_size
-        x0 = self.student(self._start(size), self.sigma_init, labels)
-        sigma = sample_rho_sigma(
-            size, sigma_max=GENERATOR_SIGMA_MAX, generator=self.generator, device=self.device
-        )
-        x_t = x0 + sigma[:, None, None, None] * self._normal(x0.shape)
-        fake_x0, logits = self._fake_outputs(x_t, sigma, labels)
-        loss = recipes.generator_loss(
-            self.recipe,
-            x0=x0,
-            sigma=sigma,
-            teacher_x0=lambda: self.teacher(x_t, sigma, labels),
-            fake_x0=fake_x0,
-            log_ratio=None if logits is None else lambda: self._log_ratio(logits, sigma),
-            adversarial_logits=logits,
-            regression=x0.new_zeros(size),
-        ).mean()
-        gradients = torch.autograd.grad(loss, self.student_parameters, allow_unused=True)
-        self._update(self.student_optimiser, self.student_parameters, gradients)
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.student_parameters], 1 - EMA_BETA)
-
-    def _fake_outputs(
-        self, x_t: Tensor, sigma: Tensor, labels: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(x0-prediction, logits) of the fake score, each with the gradient that the recipe reads."""
-        recipe = self.recipe
-        if not recipe.needs_fake_score:
-            return None, None
-        reads_logits = recipe.needs_discriminator
-        if not reads_logits:
-            with torch.set_grad_enabled(recipe.needs_fake_jacobian):
-                return self.fake_view(x_t, sigma, labels), None
-        if recipe.needs_fake_jacobian:
-            x0, features = self.fake_view(x_t, sigma, labels, output="both")
-            return x0, logits_of(features)
-        with torch.no_grad():
-            x0 = self.fake_view(x_t, sigma, labels)
-        return x0, logits_of(self.fake_view(x_t, sigma, labels, output="features"))
-
-    def _log_ratio(self, logits: Tensor, sigma: Tensor) -> Tensor:
-        log_ratio = log_ratio_from_logits(logits)
-        return log_ratio if self.normaliser is None else self.normaliser(log_ratio, sigma)
-
-    def _update(
-        self,
-        optimiser: torch.optim.Adam,
-        parameters: list[Tensor],
-        gradients: tuple[Tensor | None, ...],
-    ) -> None:
-        """One fused update, left out on the device itself where a gradient is not finite."""
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        present = [gradient for gradient in gradients if gradient is not None]
-        norm = torch.stack(torch._foreach_norm(present)).norm()
-        skipped = (~norm.isfinite()).float()
-        self.num_skipped += skipped
-        torch._foreach_clamp_min_(present, -MAX_GRADIENT)
-        torch._foreach_clamp_max_(present, MAX_GRADIENT)
-        optimiser.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]  # read by fused kernels
-        optimiser.step()
-
-    def _optimiser(self, parameters: list[Tensor]) -> torch.optim.Adam:
-        return torch.optim.Adam(parameters, lr=self.setup.learning_rate, betas=(0.0, 0.999), fused=True)
-
-    def _compiled(self, net: EDMDenoiser) -> Any:
-        mode = self.setup.compile_mode
-        return net if mode is None else torch.compile(net, dynamic=False, mode=mode)
-
-    def _start(self, size: int) -> Tensor:
-        config = self.setup.config
-        return SIGMA_INIT * self._normal((size, config.image_channels, config.resolution, config.resolution))
-
-    def _normal(self, shape: Any) -> Tensor:
-        noise = torch.randn(shape, generator=self.generator, device=self.device)
-        return noise.contiguous(memory_format=torch.channels_last)
-
-    def _lognormal(self, size: int) -> Tensor:
-        return sample_lognormal_sigma(size, generator=self.generator, device=self.device)
+def distill_config(setup: StepSetup) -> DistillConfig:
+    """The settings under which `uni3d distill` takes the step of `setup` from its first image on."""
+    rate = setup.learning_rate
+    return DistillConfig(
+        method=MethodConfig(
+            method=setup.method,
+            divergence=setup.divergence,
+            weighting="recipe",
+            score_warmup_images=0,
+            plain_warmup_images=0,
+            regression_pairs=setup.batch_size,
+            regression_steps=1,
+        ),
+        optimiser=OptimiserConfig(learning_rate=rate, beta1=0.0),
+        companions=CompanionsConfig(
+            learning_rate=setup.learning_rate, head_learning_rate=setup.learning_rate
+        ),
+        run=RunConfig(
+            batch=setup.batch_size, seed=setup.seed, precision=setup.precision, compile=setup.compile
+        ),
+    )
 
 
 class ReleasedStep:
@@ -265,10 +174,10 @@ class ReleasedStep:
     def __init__(self, setup: StepSetup) -> None:
         self.setup, self.recipe, self.device = setup, setup.recipe, setup.device
         self.real_images = RealImages(setup)
-        self.student, self.fake, self.teacher = _networks(setup, torch.float32)
+        generator = torch.Generator().manual_seed(setup.seed)
+        self.teacher = EDMDenoiser(setup.config, generator=generator).to(self.device)
+        self.student, self.fake, self.average = (self._copy_of_teacher() for _ in range(3))
         self.teacher.requires_grad_(False).eval()
-        self.average = EDMDenoiser(setup.config).to(self.device)
-        self.average.load_state_dict(self.student.state_dict())
         settings = {"lr": setup.learning_rate, "betas": (0.0, 0.999), "foreach": False, "fused": False}
         self.student_optimiser = torch.optim.Adam(self.student.parameters(), **settings)
         self.fake_optimiser = torch.optim.Adam(self.fake.parameters(), **settings)
@@ -279,6 +188,11 @@ class ReleasedStep:
             for _ in range(self.recipe.fake_steps):
                 self._companion_phase()
             self._student_phase()
+
+    def _copy_of_teacher(self) -> EDMDenoiser:
+        net = EDMDenoiser(self.setup.config)
+        net.load_state_dict(self.teacher.state_dict())
+        return net.to(self.device)
 
     def _rounds(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         images, labels = self.real_images.batch()
