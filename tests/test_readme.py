@@ -59,7 +59,7 @@ def test_requirements_are_what_pyproject_says() -> None:
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     listed = [line for line in lines if line and not line.startswith("#")]
     assert listed == PROJECT["dependencies"] + PROJECT["optional-dependencies"]["demo"]
-    assert set(PROJECT["optional-dependencies"]) == {"browser", "cuda", "demo", "eval", "test"}
+    assert set(PROJECT["optional-dependencies"]) == {"browser", "cuda", "demo", "eval", "test", "usd"}
     assert PROJECT["optional-dependencies"]["cuda"] == ["nerfacc==0.5.3"]
 
 
@@ -72,6 +72,7 @@ DISTRIBUTIONS = {
     "huggingface_hub": "diffusers",
     "starlette": "gradio",
     "imageio_ffmpeg": "imageio-ffmpeg",
+    "pxr": "usd-core",
     "tinycudann": None,
 }
 

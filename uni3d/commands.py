@@ -104,10 +104,13 @@ def _fields(instance: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """Figures of a mesh file: size, surface, texture, and how it was made."""
+    """Figures of a mesh file by anybody: size, surface, texture, how it was made, and the limits it misses.
+
+    Exit code 1 if it misses one.
+    """
 
     file: tyro.conf.Positional[Path]
-    """A .glb, .obj or .ply file."""
+    """A .glb, .obj, .ply or .stl file."""
     json: bool = False
     """Print one JSON object."""
 
@@ -116,13 +119,15 @@ def inspect(arguments: Sequence[str]) -> int:
     """`uni3d inspect FILE`."""
     options = parse_flags(InspectOptions, arguments, command="inspect")
     if not options.file.is_file():
-        raise UsageError(f"'{options.file}' does not exist or is not a file; pass a .glb, .obj or .ply file")
-    from uni3d.mesh.report import mesh_report
+        raise UsageError(
+            f"'{options.file}' does not exist or is not a file; pass a .glb, .obj, .ply or .stl file"
+        )
+    from uni3d.mesh.report import inspect_file
 
     with results_only() as stdout:
-        report = mesh_report(options.file)
+        report = inspect_file(options.file)
         stdout.write(f"{json.dumps(report, indent=2) if options.json else _as_lines(report)}\n")
-    return 0
+    return 1 if report["missed"] else 0
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,7 @@ OPTIONAL_PACKAGES = {
     "torch-fidelity": 'the Inception-v3 of FID: pip install "uni3d[eval]"',
     "gradio": 'the web page app.py: pip install "uni3d[demo]"',
     "huey": 'the web page app.py: pip install "uni3d[demo]"',
+    "usd-core": '.usdz files: pip install "uni3d[usd]"',
 }
 NEEDED_PACKAGES = (
     "torch",

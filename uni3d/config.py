@@ -268,7 +268,7 @@ class TextTo3DConfig:
     negative_prompt: str = ""
     """What the result should not look like."""
     output: Path | None = None
-    """Where the mesh goes (.glb, .obj or .ply); none leaves it in the run directory."""
+    """Where the mesh goes (.glb, .obj, .ply, .stl or .usdz); none leaves it in the run directory."""
     runs_folder: Path = Path("outputs")
     """Folder in which each run gets its own directory."""
     seed: int = 0

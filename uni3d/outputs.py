@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import stat
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from uni3d.errors import UsageError
+from uni3d.errors import MissingPackageError, UsageError
 
-MESH_SUFFIXES = (".glb", ".obj", ".ply")
+MESH_SUFFIXES = (".glb", ".obj", ".ply", ".stl", ".usdz")
+
+USD_IS_MISSING = 'needs the package usd-core: pip install "uni3d[usd]", or choose .glb'
 
 
 def check_output_file(
@@ -22,7 +25,8 @@ def check_output_file(
     """`path` as a Path, if a file can be written there; nothing is created or changed.
 
     Raises UsageError for an unknown suffix, a missing or read-only folder, a folder in the file's place, and
-    a file that exists unless `overwrite`. What an OBJ brings along is checked as well.
+    a file that exists unless `overwrite`; what an OBJ brings along is checked as well. MissingPackageError
+    for a .usdz without the package that writes it.
     """
     target = Path(path)
     status = _status(target)
@@ -32,6 +36,8 @@ def check_output_file(
         raise UsageError(
             f"output '{target}' has the suffix '{target.suffix}'; use one of {', '.join(suffixes)}"
         )
+    if target.suffix.lower() == ".usdz" and importlib.util.find_spec("pxr") is None:
+        raise MissingPackageError(f"output '{target}' {USD_IS_MISSING}")
     if not target.parent.is_dir():
         raise UsageError(f"the folder '{target.parent}' of output '{target}' does not exist; create it first")
     if status is not None and not overwrite:

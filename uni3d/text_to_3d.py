@@ -74,7 +74,7 @@ class TextTo3DResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Write the mesh; .glb, .obj or .ply by the suffix. Returns the path."""
+        """Write the mesh; .glb, .obj, .ply, .stl or .usdz by the suffix. Returns the path."""
         return write_mesh(self.mesh, Path(path), extras=provenance(self.config))
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import json
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import trimesh
+from glb_samples import TRIANGLE, glb_bytes, triangle_document
 from PIL import Image
 
 from uni3d.errors import UsageError
@@ -189,33 +188,6 @@ def test_references_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     assert not np.allclose(mesh.materials[0].colour[:3], (1, 0, 0))
 
 
-def glb_bytes(document: dict[str, object], binary: bytes = b"") -> bytes:
-    text = json.dumps(document).encode()
-    text += b" " * (-len(text) % 4)
-    chunks = struct.pack("<II", len(text), 0x4E4F534A) + text
-    if binary:
-        chunks += struct.pack("<II", len(binary), 0x004E4942) + binary
-    return struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks
-
-
-def triangle_document(uri: str | None, num_vertices: int = 3) -> dict[str, object]:
-    buffer: dict[str, object] = {"byteLength": 36}
-    if uri is not None:
-        buffer["uri"] = uri
-    return {
-        "asset": {"version": "2.0"},
-        "buffers": [buffer],
-        "bufferViews": [{"buffer": 0, "byteLength": 36}],
-        "accessors": [{"bufferView": 0, "componentType": 5126, "count": num_vertices, "type": "VEC3"}],
-        "meshes": [{"primitives": [{"attributes": {"POSITION": 0}}]}],
-        "nodes": [{"mesh": 0, "scale": [2, 2, 2], "translation": [1, 0, 0]}],
-        "scenes": [{"nodes": [0]}],
-    }
-
-
-TRIANGLE = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]], "<f4").tobytes()
-
-
 def test_embedded_data_is_read_and_nodes_are_applied() -> None:
     uri = "data:application/octet-stream;base64," + base64.b64encode(TRIANGLE).decode()
     mesh = load_renderable("x.glb", data=glb_bytes(triangle_document(uri)))
@@ -249,6 +221,7 @@ def test_damaged_and_external_glbs_are_refused_in_one_sentence(content: bytes, m
         ("odd.obj", b"v 1 2\nf 1 2 3\n"),
         ("flat.obj", b"v 0 0 0\nv 1 0 0\nf 1 2 2\n"),
         ("other.stl", b"solid"),
+        ("other.fbx", b"Kaydara"),
         ("none.glb", None),
     ],
 )
@@ -279,8 +252,8 @@ def test_random_damage_never_escapes_as_another_error(cube_path: Path) -> None:
 def test_face_limit_and_unknown_suffix(cube_path: Path) -> None:
     with pytest.raises(UsageError, match="12 triangles"):
         load_renderable(cube_path, max_faces=11)
-    with pytest.raises(UsageError, match=r"\.stl"):
-        load_renderable("x.stl", data=b"solid")
+    with pytest.raises(UsageError, match=r"'\.fbx' is not one of \.glb, \.obj, \.ply, \.stl"):
+        load_renderable("x.fbx", data=b"Kaydara")
 
 
 def test_skinned_mesh_is_posed_by_its_joints() -> None:

@@ -12,14 +12,18 @@ import trimesh
 from torch import Tensor
 
 from uni3d.errors import Uni3DError, UsageError
+from uni3d.mesh import texture as texture_module
 from uni3d.mesh import unwrap as unwrap_module
 from uni3d.mesh.atlas_raster import overlapping_faces, rasterise
 from uni3d.mesh.extraction import extract_surface
+from uni3d.mesh.raycaster import Raycaster
+from uni3d.mesh.renderable import Material
 from uni3d.mesh.report import mesh_report
 from uni3d.mesh.surface import Surface
 from uni3d.mesh.texture import bake_texture
 from uni3d.mesh.textured_mesh import TexturedMesh
 from uni3d.mesh.unwrap import unwrap
+from uni3d.scene.camera import Cameras
 
 
 def rainbow(points: Tensor) -> Tensor:
@@ -39,6 +43,11 @@ def bumps(points: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def surface() -> Surface:
     return extract_surface(bumps, 1.0, 64, max_triangles=3000)
+
+
+@pytest.fixture(scope="module", params=["xatlas", "projection"])
+def rainbow_mesh(surface: Surface, request: pytest.FixtureRequest) -> TexturedMesh:
+    return bake_texture(surface, rainbow, 1024, unwrap_method=request.param)
 
 
 def worst_error(mesh: TexturedMesh, num: int = 20000) -> np.ndarray:
@@ -90,12 +99,9 @@ def test_charts_keep_their_distance_and_are_not_mirrored(
     np.testing.assert_array_equal(atlas.vertex_of[atlas.faces], surface.faces)
 
 
-@pytest.mark.parametrize("method", ["xatlas", "projection"])
-def test_mip_levels_show_neither_background_nor_other_charts(
-    surface: Surface, method: unwrap_module.UnwrapMethod
-) -> None:
+def test_mip_levels_show_neither_background_nor_other_charts(rainbow_mesh: TexturedMesh) -> None:
     """Charts are eight texels apart at 1024, so three halvings keep look-ups to their own chart."""
-    mesh = bake_texture(surface, rainbow, 1024, unwrap_method=method)
+    mesh = rainbow_mesh
     report = mesh_report(mesh)
     assert report["gutter_texels"] >= 8 and report["uv_overlap_texels"] == 0
     level = mesh.texture.astype(np.float64)
@@ -104,6 +110,49 @@ def test_mip_levels_show_neither_background_nor_other_charts(
         level = level.reshape(len(level) // 2, 2, len(level) // 2, 2, 3).mean(axis=(1, 3))
     error = worst_error(replace(mesh, texture=np.rint(level).astype(np.uint8)))
     assert np.percentile(error, 99) <= 3.0
+
+
+@pytest.mark.parametrize(("size", "gutter"), [(256, 8), (1024, 8), (2048, 16)])
+def test_the_gutter_grows_with_the_texture(
+    surface: Surface, monkeypatch: pytest.MonkeyPatch, size: int, gutter: int
+) -> None:
+    asked = {}
+
+    def stop(*_: object, **options: object) -> None:
+        asked.update(options)
+        raise InterruptedError
+
+    monkeypatch.setattr(texture_module, "unwrap", stop)
+    with pytest.raises(InterruptedError):
+        bake_texture(surface, rainbow, size)
+    assert asked["size"] == size and asked["gutter"] == gutter
+
+
+def shown_error(mesh: TexturedMesh, size: int) -> float:
+    """Largest difference, in display levels, between renders of the mesh and of `rainbow` on its vertices."""
+    colours = rainbow(torch.from_numpy(mesh.vertices)).numpy()
+    painted = np.concatenate([colours, np.ones((len(colours), 1), np.float32)], axis=1)
+    exact = replace(
+        mesh.as_renderable(),
+        corner_uv=None,
+        corner_colour=painted[mesh.faces],
+        materials=[Material(np.ones(4, np.float32))],
+    )
+    camera = Cameras.from_lists([20.0], [15.0])
+    shown, expected = (Raycaster(which).render(camera, size) for which in (mesh.as_renderable(), exact))
+    return float(np.abs(shown.rgb - expected.rgb)[shown.alpha == 1].max() * 255)
+
+
+def test_no_seam_shows_in_renders_from_near_and_far(rainbow_mesh: TexturedMesh) -> None:
+    """From 256 pixels, which see the texture itself, down to 64, which see its third mip level."""
+    mesh = rainbow_mesh
+    for size in (256, 128, 64):
+        assert shown_error(mesh, size) <= 5.0, size
+    covered = rasterise(mesh.uv[mesh.faces] * 1024, 1024, margin=0.0)[0]
+    unfilled = np.zeros((1024 * 1024, 3), np.uint8)
+    unfilled[covered] = mesh.texture.reshape(-1, 3)[covered]
+    background = replace(mesh, texture=unfilled.reshape(1024, 1024, 3))
+    assert shown_error(background, 256) > 30.0 and shown_error(background, 64) > 30.0, "the test sees seams"
 
 
 def test_normals_are_smooth_across_seams(surface: Surface) -> None:

@@ -2,23 +2,19 @@
 
 Read here rather than through a scene library because three details decide whether an asset looks right:
 skinned meshes must be posed by their joints, Draco buffers decoded, and linear material factors turned into
-display colours. External references are refused and every accessor is bounds-checked.
+display colours.
 Legend: V vertices, F faces.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import struct
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from uni3d.errors import MissingPackageError, UsageError
+from uni3d.errors import MissingPackageError
+from uni3d.mesh.glb_container import GlbContainer, normalised
 from uni3d.mesh.renderable import (
     Material,
     RenderableMesh,
@@ -30,72 +26,8 @@ from uni3d.mesh.renderable import (
     unit_vectors,
 )
 
-_COMPONENT_TYPES = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
-_COMPONENT_COUNTS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
 
-
-class _Glb:
-    """Header, JSON and binary chunk of one GLB; accessors are bounds-checked (glTF 2.0, sections 3 and 4)."""
-
-    def __init__(self, content: bytes) -> None:
-        if len(content) < 20 or content[:4] != b"glTF":
-            raise UsageError("it does not start with the glTF binary header; export it as GLB again")
-        if struct.unpack_from("<I", content, 8)[0] > len(content):
-            raise UsageError("it is shorter than its header says, so it was cut off; copy it again")
-        json_length = struct.unpack_from("<I", content, 12)[0]
-        self.json: dict[str, Any] = json.loads(content[20 : 20 + json_length])
-        self.binary = b""
-        start = 20 + json_length
-        if start + 8 <= len(content):
-            length = struct.unpack_from("<I", content, start)[0]
-            self.binary = content[start + 8 : start + 8 + length]
-
-    def buffer_view(self, index: int) -> bytes:
-        view = self.json["bufferViews"][index]
-        buffer = self.json["buffers"][view["buffer"]]
-        data = self.binary if "uri" not in buffer else _embedded_data(buffer["uri"])
-        start, length = view.get("byteOffset", 0), view["byteLength"]
-        if start < 0 or length < 0 or start + length > len(data):
-            raise ValueError("a buffer view lies outside its buffer")
-        return data[start : start + length]
-
-    def accessor(self, index: int) -> np.ndarray:
-        """[count, components]; normalised integers become float32."""
-        spec = self.json["accessors"][index]
-        dtype = np.dtype(_COMPONENT_TYPES[spec["componentType"]])
-        count, width = int(spec["count"]), _COMPONENT_COUNTS[spec["type"]]
-        if count < 0 or count > 20_000_000:
-            raise ValueError(f"an accessor claims {count} elements")
-        if "bufferView" not in spec:
-            return np.zeros((count, width), dtype)
-        view = self.json["bufferViews"][spec["bufferView"]]
-        data = self.buffer_view(spec["bufferView"])
-        offset = spec.get("byteOffset", 0)
-        stride = view.get("byteStride") or dtype.itemsize * width
-        if count and offset + stride * (count - 1) + dtype.itemsize * width > len(data):
-            raise ValueError("an accessor lies outside its buffer view")
-        values = np.ndarray((count, width), dtype, data, offset, (stride, dtype.itemsize)).copy()
-        return _normalised(values) if spec.get("normalized") else values
-
-    def image(self, index: int) -> Image.Image:
-        spec = self.json["images"][index]
-        data = self.buffer_view(spec["bufferView"]) if "bufferView" in spec else _embedded_data(spec["uri"])
-        return Image.open(io.BytesIO(data))
-
-
-def _normalised(values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind == "f":
-        return values
-    return np.maximum(values.astype(np.float32) / np.iinfo(values.dtype).max, -1.0)
-
-
-def _embedded_data(uri: str) -> bytes:
-    if not uri.startswith("data:"):
-        raise UsageError(f"it refers to an external file ('{uri[:60]}'); pack everything into one GLB")
-    return base64.b64decode(uri.partition(",")[2])
-
-
-def _glb_materials(glb: _Glb, max_texture: int) -> tuple[list[Material], list[int]]:
+def _glb_materials(glb: GlbContainer, max_texture: int) -> tuple[list[Material], list[int]]:
     """Materials and the texture coordinate set each one uses; one white default at the end."""
     images: dict[int, np.ndarray] = {}
     materials: list[Material] = []
@@ -108,12 +40,15 @@ def _glb_materials(glb: _Glb, max_texture: int) -> tuple[list[Material], list[in
         if "baseColorTexture" in pbr:
             reference = pbr["baseColorTexture"]
             uv_set = reference.get("texCoord", 0)
-            source = _texture_source(glb.json["textures"][reference["index"]])
+            source = glb.texture_source(reference["index"])
             if source not in images:
-                images[source] = texture_pixels(glb.image(source), max_texture)
-            texture = images[source].copy()
-            texture[..., :3] = linear_to_srgb(srgb_to_linear(texture[..., :3]) * factor[:3])
-            if alpha_mode == "OPAQUE":
+                images[source] = texture_pixels(glb.picture(source), max_texture)
+            texture = images[source]
+            if (factor[:3] != 1).any():
+                texture = texture.copy()
+                texture[..., :3] = linear_to_srgb(srgb_to_linear(texture[..., :3]) * factor[:3])
+            if alpha_mode == "OPAQUE" and texture[..., 3].min() < 1:
+                texture = texture.copy()
                 texture[..., 3] = 1
             colour = np.ones(4, dtype=np.float32)
         else:
@@ -126,15 +61,6 @@ def _glb_materials(glb: _Glb, max_texture: int) -> tuple[list[Material], list[in
     materials.append(Material(np.ones(4, dtype=np.float32)))
     uv_sets.append(0)
     return materials, uv_sets
-
-
-def _texture_source(texture: dict[str, Any]) -> int:
-    if "source" in texture:
-        return int(texture["source"])
-    for extension in texture.get("extensions", {}).values():
-        if isinstance(extension, dict) and "source" in extension:
-            return int(extension["source"])
-    raise ValueError("a texture has no image")
 
 
 def _node_matrices(document: dict[str, Any]) -> dict[int, np.ndarray]:
@@ -170,7 +96,7 @@ def _local_matrix(node: dict[str, Any]) -> np.ndarray:
 
 
 def _draco_reader(
-    glb: _Glb, primitive: dict[str, Any]
+    glb: GlbContainer, primitive: dict[str, Any]
 ) -> tuple[np.ndarray, Callable[[str], np.ndarray | None]]:
     try:
         import DracoPy
@@ -190,19 +116,19 @@ def _draco_reader(
         values = np.asarray(decoded.get_attribute_by_unique_id(extension["attributes"][name])["data"])
         accessor = primitive["attributes"].get(name)
         is_normalised = accessor is not None and glb.json["accessors"][accessor].get("normalized")
-        return _normalised(values) if is_normalised else values
+        return normalised(values) if is_normalised else values
 
     return faces, read
 
 
 def _plain_reader(
-    glb: _Glb, primitive: dict[str, Any]
+    glb: GlbContainer, primitive: dict[str, Any]
 ) -> tuple[np.ndarray, Callable[[str], np.ndarray | None]]:
     attributes = primitive["attributes"]
     if "indices" in primitive:
         indices = glb.accessor(primitive["indices"]).astype(np.int64).reshape(-1)
     else:
-        indices = np.arange(glb.json["accessors"][attributes["POSITION"]]["count"], dtype=np.int64)
+        indices = np.arange(glb.count(attributes["POSITION"]), dtype=np.int64)
     faces = _triangles(indices, primitive.get("mode", 4))
     return faces, lambda name: glb.accessor(attributes[name]) if name in attributes else None
 
@@ -218,7 +144,7 @@ def _triangles(indices: np.ndarray, mode: int) -> np.ndarray:
     return indices[: len(indices) // 3 * 3].reshape(-1, 3)
 
 
-def _skin_matrices(glb: _Glb, skin: dict[str, Any], world: dict[int, np.ndarray]) -> np.ndarray:
+def _skin_matrices(glb: GlbContainer, skin: dict[str, Any], world: dict[int, np.ndarray]) -> np.ndarray:
     """Joint matrices [J, 4, 4] of the default pose (glTF 2.0, section 3.7.3)."""
     joints = skin["joints"]
     inverse_bind = np.tile(np.eye(4), (len(joints), 1, 1))
@@ -227,19 +153,21 @@ def _skin_matrices(glb: _Glb, skin: dict[str, Any], world: dict[int, np.ndarray]
     return np.stack([world.get(joint, np.eye(4)) @ inverse_bind[row] for row, joint in enumerate(joints)])
 
 
-def read_glb(content: bytes, max_texture: int) -> RenderableMesh:
-    """All triangles of the default scene in the default pose; damage raises what Python raises."""
-    glb = _Glb(content)
+def read_glb(content: bytes, max_texture: int, soup: TriangleSoup) -> tuple[RenderableMesh, GlbContainer]:
+    """All triangles of the default scene in the default pose, gathered in `soup`, and the container they were
+    in; damage raises what Python raises."""
+    glb = GlbContainer(content)
     materials, uv_sets = _glb_materials(glb, max_texture)
     world = _node_matrices(glb.json)
-    soup = TriangleSoup()
     for index, matrix in world.items():
         node = glb.json["nodes"][index]
         if "mesh" not in node:
             continue
         for primitive in glb.json["meshes"][node["mesh"]]["primitives"]:
             if primitive.get("mode", 4) not in (4, 5, 6):
-                continue  # points and lines have no surface
+                # points and lines have no surface
+                soup.num_points += glb.count(primitive["attributes"]["POSITION"])
+                continue
             is_draco = "KHR_draco_mesh_compression" in primitive.get("extensions", {})
             faces, read = (_draco_reader if is_draco else _plain_reader)(glb, primitive)
             positions, normals = read("POSITION"), read("NORMAL")
@@ -263,14 +191,14 @@ def read_glb(content: bytes, max_texture: int) -> RenderableMesh:
                 normals = unit_vectors(np.einsum("vrc,vc->vr", cofactor, normals))
             colour = _vertex_colours(read("COLOR_0"))
             soup.add(positions, faces, material, normals, read(f"TEXCOORD_{uv_sets[material]}"), colour)
-    return soup.mesh(materials)
+    return soup.mesh(materials), glb
 
 
 def _vertex_colours(values: np.ndarray | None) -> np.ndarray | None:
     """[V, 4] sRGB. Exporters that leave an all-black colour attribute behind mean none."""
     if values is None:
         return None
-    values = _normalised(values)
+    values = normalised(values)
     if values[:, :3].mean() < 0.01:
         return None
     rgb = linear_to_srgb(values[:, :3])

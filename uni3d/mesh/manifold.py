@@ -21,12 +21,23 @@ def separate_pinches(vertices: Floats, faces: Faces) -> tuple[Floats, Faces]:
     so that a program that merges equal positions keeps them apart. Adds a few faces; an edge with a border
     is left as it is.
     """
+    vertices, faces, _ = split_pinched_edges(vertices, faces)
+    return split_fans(vertices, faces)
+
+
+def split_pinched_edges(vertices: Floats, faces: Faces) -> tuple[Floats, Faces, Faces]:
+    """The first half of `separate_pinches`: vertices, faces, and for each face [F] the one it was cut from.
+
+    Cut faces keep their place and their corners but one; the ones that are added come last.
+    """
+    parent = np.arange(len(faces))
     for _ in range(8):
         num_before = len(faces)
-        vertices, faces = _split_pinched_edges(vertices, faces)
+        vertices, faces, cut_from = _split_pinched_edges_once(vertices, faces)
+        parent = parent[cut_from]
         if len(faces) == num_before:
             break
-    return _split_fans(vertices, faces)
+    return vertices, faces, parent
 
 
 def _half_edges(faces: Faces, base: int) -> tuple[Faces, Faces, Faces, Faces, Faces]:
@@ -43,14 +54,15 @@ def _half_edges(faces: Faces, base: int) -> tuple[Faces, Faces, Faces, Faces, Fa
     return key, opposite, num_same, num_opposite, order[np.minimum(left, len(order) - 1)]
 
 
-def _split_pinched_edges(vertices: Floats, faces: Faces) -> tuple[Floats, Faces]:
-    """One round of `separate_pinches` on edges, at most one edge per face."""
+def _split_pinched_edges_once(vertices: Floats, faces: Faces) -> tuple[Floats, Faces, Faces]:
+    """One round of `split_pinched_edges`, at most one edge per face."""
     base = len(vertices)
     key, opposite, num_same, num_opposite, _ = _half_edges(faces, base)
     pinched = np.unique(np.minimum(key, opposite)[(num_same > 1) & (num_same == num_opposite)])
     busy: set[int] = set()
     new_vertices, new_faces = [vertices], faces.copy()
     added: list[list[int]] = []
+    cut_from = list(range(len(faces)))
     for edge in pinched.tolist():
         start, end = edge // base, edge % base
         pairs = _pair_around_edge(
@@ -69,10 +81,15 @@ def _split_pinched_edges(vertices: Floats, faces: Faces) -> tuple[Floats, Faces]
             for half_edge, apex in zip(pair, apexes, strict=True):
                 face, corner = divmod(half_edge, 3)
                 added.append([new_vertex, int(faces[face, (corner + 1) % 3]), apex])
+                cut_from.append(face)
                 new_faces[face, (corner + 1) % 3] = new_vertex
     if not added:
-        return vertices, faces
-    return np.concatenate(new_vertices), np.concatenate([new_faces, np.array(added, np.int64)])
+        return vertices, faces, np.array(cut_from)
+    return (
+        np.concatenate(new_vertices),
+        np.concatenate([new_faces, np.array(added, np.int64)]),
+        np.array(cut_from),
+    )
 
 
 def _pair_around_edge(
@@ -98,8 +115,9 @@ def _pair_around_edge(
     return pairs
 
 
-def _split_fans(vertices: Floats, faces: Faces) -> tuple[Floats, Faces]:
-    """One vertex per fan of faces, copies moved a thousandth towards their own faces."""
+def split_fans(vertices: Floats, faces: Faces) -> tuple[Floats, Faces]:
+    """The second half of `separate_pinches`: one vertex per fan of faces, copies moved a thousandth towards
+    their own faces. Faces keep their order; edges that are no edge of two consistent faces become borders."""
     base = len(vertices)
     _, _, num_same, num_opposite, partner = _half_edges(faces, base)
     edge = np.flatnonzero((num_same == 1) & (num_opposite == 1))

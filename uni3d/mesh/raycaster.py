@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from uni3d.errors import MissingPackageError, UsageError
+from uni3d.mesh.base_colour import BaseColour
 from uni3d.mesh.mesh_files import load_renderable
 from uni3d.mesh.renderable import Material, RenderableMesh
 from uni3d.scene.camera import Cameras
@@ -84,35 +85,6 @@ class RenderedView:
         return (np.clip(composite, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-class _TexturePyramid:
-    """Box-filtered levels of one texture and the level that matches a footprint on the surface."""
-
-    def __init__(self, texture: np.ndarray, texels_per_unit: float) -> None:
-        self.texels_per_unit = texels_per_unit
-        self.levels = [texture]
-        while max(self.levels[-1].shape[:2]) > 4:
-            level = self.levels[-1]
-            height, width = max(level.shape[0] // 2, 1), max(level.shape[1] // 2, 1)
-            step_y, step_x = min(2, level.shape[0]), min(2, level.shape[1])
-            trimmed = level[: height * step_y, : width * step_x]
-            self.levels.append(trimmed.reshape(height, step_y, width, step_x, 4).mean(axis=(1, 3)))
-
-    def sample(self, uv: np.ndarray, footprint: float) -> np.ndarray:
-        """Bilinear, repeating look-up [N, 4] at uv [N, 2]; `footprint` is a pixel's size in scene units."""
-        texels = max(self.texels_per_unit * footprint, 1e-6)
-        index = int(np.clip(round(math.log2(texels)), 0, len(self.levels) - 1))
-        level = self.levels[index]
-        height, width = level.shape[:2]
-        x = (uv[:, 0] % 1.0) * width - 0.5
-        y = (uv[:, 1] % 1.0) * height - 0.5
-        x0, y0 = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
-        fx, fy = (x - x0)[:, None].astype(np.float32), (y - y0)[:, None].astype(np.float32)
-        x1, y1, x0, y0 = (x0 + 1) % width, (y0 + 1) % height, x0 % width, y0 % height
-        top = level[y0, x0] * (1 - fx) + level[y0, x1] * fx
-        bottom = level[y1, x0] * (1 - fx) + level[y1, x1] * fx
-        return top * (1 - fy) + bottom * fy
-
-
 class Raycaster:
     """Holds one mesh in an embree scene and renders it from any camera.
 
@@ -132,25 +104,8 @@ class Raycaster:
         self._face_normals = (cross / np.maximum(area, 1e-20)[:, None]).astype(np.float32)
         self._scene: Any = rtcore_scene.EmbreeScene()  # type: ignore[attr-defined]
         self._embree_mesh = TriangleMesh(self._scene, self._corners)
-        self._colours = np.stack([m.colour for m in mesh.materials]).astype(np.float32)
-        self._pyramids = self._texture_pyramids(area)
-        self._has_cutouts = bool((self._colours[:, 3] < CUTOUT_ALPHA).any()) or any(
-            float(p.levels[0][..., 3].min()) < CUTOUT_ALPHA for p in self._pyramids.values()
-        )
-
-    def _texture_pyramids(self, double_area: np.ndarray) -> dict[int, _TexturePyramid]:
-        pyramids: dict[int, _TexturePyramid] = {}
-        uv = self.mesh.corner_uv
-        for index, material in enumerate(self.mesh.materials):
-            faces = np.nonzero(self.mesh.face_material == index)[0]
-            if material.texture is None or uv is None or len(faces) == 0:
-                continue
-            edges = uv[faces, 1:] - uv[faces, :1]
-            uv_area = np.abs(edges[:, 0, 0] * edges[:, 1, 1] - edges[:, 0, 1] * edges[:, 1, 0])
-            num_texels = material.texture.shape[0] * material.texture.shape[1]
-            density = np.sqrt(uv_area.sum() * num_texels / max(float(double_area[faces].sum()), 1e-20))
-            pyramids[index] = _TexturePyramid(material.texture, float(density))
-        return pyramids
+        self._base_colour = BaseColour(mesh)
+        self._has_cutouts = self._base_colour.lowest_alpha() < CUTOUT_ALPHA
 
     def render(
         self,
@@ -219,7 +174,7 @@ class Raycaster:
             face = hit["primID"][found].astype(np.int64)
             u, v = hit["u"][found], hit["v"][found]
             barycentric = np.stack([1 - u - v, u, v], axis=1).astype(np.float32)
-            rgba = self._base_colour(face, barycentric, footprint)
+            rgba = self._base_colour.at(face, barycentric, footprint)
             solid = rgba[:, 3] >= CUTOUT_ALPHA
             faces.append(face[solid])
             weights.append(barycentric[solid])
@@ -233,21 +188,6 @@ class Raycaster:
             empty = np.zeros(0, np.int64)
             return empty, np.zeros((0, 3), np.float32), np.zeros((0, 3), np.float32), empty
         return np.concatenate(faces), np.concatenate(weights), np.concatenate(colours), np.concatenate(rays)
-
-    def _base_colour(self, face: np.ndarray, barycentric: np.ndarray, footprint: float) -> np.ndarray:
-        """Unlit sRGB RGBA [N, 4]: material colour x texture x vertex colour."""
-        material = self.mesh.face_material[face]
-        rgba = self._colours[material]
-        if self.mesh.corner_uv is not None:
-            for index, pyramid in self._pyramids.items():
-                chosen = np.nonzero(material == index)[0]
-                if len(chosen):
-                    corner_uv = self.mesh.corner_uv[face[chosen]]
-                    uv = np.einsum("nk,nkc->nc", barycentric[chosen], corner_uv)
-                    rgba[chosen] *= pyramid.sample(uv, footprint)
-        if self.mesh.corner_colour is not None:
-            rgba = rgba * np.einsum("nk,nkc->nc", barycentric, self.mesh.corner_colour[face])
-        return rgba
 
     def _shading_normals(
         self, face: np.ndarray, barycentric: np.ndarray, direction: np.ndarray

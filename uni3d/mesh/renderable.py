@@ -5,7 +5,12 @@ Readers of files build it through `TriangleSoup`. Legend: V vertices, F faces.
 
 from __future__ import annotations
 
+import io
 import posixpath
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,6 +19,17 @@ from PIL import Image
 from uni3d.errors import UsageError
 
 MAX_IMAGE_PIXELS = 64_000_000
+# What Pillow raises for pictures that are cut off or altered.
+_PICTURE_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
 NO_TRIANGLES = "it holds no triangles; export its surface as triangles"
 PALE_GLASS = np.array([0.74, 0.82, 0.86], dtype=np.float32)
 
@@ -113,14 +129,39 @@ def without_degenerate_faces(mesh: RenderableMesh) -> RenderableMesh:
     )
 
 
-def texture_pixels(image: Image.Image, max_texture: int) -> np.ndarray:
-    """RGBA float32 [h, w, 4] in [0, 1], area-averaged down to `max_texture` on the longer side."""
+def open_picture(data: bytes, formats: Sequence[str]) -> Image.Image:
+    """A picture in one of Pillow's `formats`, opened but not decoded; UsageError if it is another, damaged,
+    or larger than MAX_IMAGE_PIXELS.
+
+    Pillow hands some formats to other programs (EPS to Ghostscript), so the caller says which it means.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=formats)
+    except Image.DecompressionBombError:
+        raise UsageError(
+            f"a texture has more than {MAX_IMAGE_PIXELS} pixels, the limit; scale it down"
+        ) from None
+    except _PICTURE_DAMAGE as error:
+        raise UsageError(
+            f"a texture is damaged or none of {', '.join(formats)}; export it as PNG or JPEG"
+        ) from error
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
         raise UsageError(
-            f"a texture of {width}x{height} pixels is larger than {MAX_IMAGE_PIXELS} pixels; scale it down"
+            f"a texture has {width}x{height} pixels, more than the limit of {MAX_IMAGE_PIXELS}; scale it down"
         )
-    rgba = image.convert("RGBA")
+    return image
+
+
+def texture_pixels(image: Image.Image, max_texture: int) -> np.ndarray:
+    """RGBA float32 [h, w, 4] in [0, 1], area-averaged down to `max_texture` on the longer side."""
+    width, height = image.size
+    try:
+        rgba = image.convert("RGBA")
+    except _PICTURE_DAMAGE as error:
+        raise UsageError("a texture is damaged or was cut off; export the mesh again") from error
     scale = max_texture / max(width, height)
     if scale < 1:
         rgba = rgba.resize(
@@ -140,8 +181,17 @@ def opaque_glass(colour: np.ndarray) -> np.ndarray:
 
 @dataclass
 class TriangleSoup:
-    """Accumulates primitives of one file; every list holds per-face arrays."""
+    """Accumulates primitives of one file; every list holds per-face arrays.
 
+    max_faces, max_vertices: UsageError as soon as the file has more. num_points: vertices of parts without
+    triangles, for the message about a point cloud.
+    """
+
+    max_faces: int | None = None
+    max_vertices: int | None = None
+    num_points: int = 0
+    num_faces: int = 0
+    num_vertices: int = 0
     corners: list[np.ndarray] = field(default_factory=list)
     normals: list[np.ndarray] = field(default_factory=list)
     uv: list[np.ndarray] = field(default_factory=list)
@@ -161,6 +211,14 @@ class TriangleSoup:
         num = len(faces)
         if num == 0:
             return
+        self.num_faces += num
+        self.num_vertices += len(vertices)
+        for what, number, limit in (
+            ("triangles", self.num_faces, self.max_faces),
+            ("vertices", self.num_vertices, self.max_vertices),
+        ):
+            if limit is not None and number > limit:
+                raise UsageError(f"it has {number} {what} or more, above the limit of {limit}; simplify it")
         if faces.min() < 0 or faces.max() >= len(vertices):
             raise ValueError("a face refers to a vertex that does not exist")
         self.corners.append(np.asarray(vertices, dtype=np.float32)[faces])
@@ -173,6 +231,10 @@ class TriangleSoup:
         self.material.append(np.full(num, material, dtype=np.int64))
 
     def mesh(self, materials: list[Material]) -> RenderableMesh:
+        if not self.corners and self.num_points:
+            raise UsageError(
+                f"it holds {self.num_points} points or lines and no triangles; reconstruct its surface first"
+            )
         if not self.corners:
             raise UsageError(NO_TRIANGLES)
         corners = np.concatenate(self.corners)

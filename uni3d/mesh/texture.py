@@ -27,6 +27,8 @@ ColourFunction = Callable[[Tensor], Tensor]
 
 # Bilinear look-ups inside a chart reach texels whose centres are up to this far outside of it (the diagonal).
 BORDER_TEXELS = 1.5
+# Keeps the charts of a texture of 1024 texels apart down to its mip level of 128.
+DEFAULT_GUTTER = 8
 
 
 def bake_texture(
@@ -35,7 +37,7 @@ def bake_texture(
     size: int = 1024,
     *,
     supersample: int = 1,
-    gutter: int = 8,
+    gutter: int | None = None,
     unwrap_method: UnwrapMethod = "auto",
     unwrap_time_limit_s: float = 20.0,
     chunk_size: int = 1 << 17,
@@ -46,8 +48,9 @@ def bake_texture(
     colour_fn: points float32 [P, 3] on the surface, in scene units on `device` -> colours [P, 3], sRGB
     display values (clipped to [0, 1]); called without gradients on at most `chunk_size` points at a time.
     size: texels a side, a power of two from 64 to 4096. supersample: samples a side per texel, averaged.
-    gutter: distance between charts in texels; the space between them is filled from the nearest chart
-    whatever its width, so that no mip level mixes background into the object.
+    gutter: distance between charts in texels, None: DEFAULT_GUTTER of 1024 and never less; the space between
+    them is filled from the nearest chart whatever its width, so that no mip level mixes background into the
+    object.
 
     Adds to the report: unwrap_method, unwrap_seconds, bake_seconds, texture_coverage (share of the texels
     on a chart), uv_overlap_texels. Raises UsageError for a size out of range, Uni3DError for colours that
@@ -61,7 +64,7 @@ def bake_texture(
         surface.vertices,
         surface.faces,
         size=size,
-        gutter=gutter,
+        gutter=max(DEFAULT_GUTTER, DEFAULT_GUTTER * size // 1024) if gutter is None else gutter,
         method=unwrap_method,
         time_limit_s=unwrap_time_limit_s,
     )

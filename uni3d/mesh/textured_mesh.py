@@ -18,7 +18,9 @@ class TexturedMesh:
 
     vertices float32 [V, 3]; faces int64 [F, 3] outward; normals float32 [V, 3] unit; uv float32 [V, 2] in
     [0, 1], v pointing down as in glTF; texture uint8 [S, S, 3], sRGB display values with the light baked in.
-    report: plain numbers from extraction, unwrapping and baking.
+    report: plain numbers from extraction, unwrapping and baking. Material maps, for a texture without light:
+    roughness_metalness uint8 [S, S, 2], linear; normal_map uint8 [S, S, 3], directions in the frame of
+    `glb_writer.tangents` from -1 (0) to 1 (255).
     """
 
     vertices: NDArray[np.float32]
@@ -27,6 +29,12 @@ class TexturedMesh:
     uv: NDArray[np.float32]
     texture: NDArray[np.uint8]
     report: dict[str, Any] = field(default_factory=dict)
+    roughness_metalness: NDArray[np.uint8] | None = None
+    normal_map: NDArray[np.uint8] | None = None
+
+    @property
+    def has_material_maps(self) -> bool:
+        return self.roughness_metalness is not None or self.normal_map is not None
 
     def in_unit_box(self) -> tuple[TexturedMesh, NDArray[np.float64], float]:
         """The mesh centred on the origin with longest side 1, and (centre [3], scale) of the way back:
