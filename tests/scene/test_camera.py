@@ -130,3 +130,22 @@ def test_slicing_and_device() -> None:
     assert len(cameras[2:4]) == 2
     assert cameras[torch.tensor([5])].azimuth_deg.tolist() == [cameras.azimuth_deg[5].item()]
     assert cameras.to("cpu").rays(2, 2)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("height", "width"), [(6, 9), (8, 4)])
+def test_projection_sends_points_on_rays_to_pixel_centres(height: int, width: int) -> None:
+    cameras = Cameras.from_lists([33.0, -140.0], [21.0, 70.0], fov_y_deg=55.0)
+    origins, directions = cameras.rays(height, width)
+    for camera in range(2):
+        points = (origins + 1.7 * directions)[camera].reshape(-1, 3)
+        x, y, depth = cameras.project(points, height, width)[camera].unbind(-1)
+        column, row = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
+        torch.testing.assert_close(x / depth, column.reshape(-1) + 0.5, atol=1e-4, rtol=0)
+        torch.testing.assert_close(y / depth, row.reshape(-1) + 0.5, atol=1e-4, rtol=0)
+        distance = depth * cameras.ray_lengths(height, width)[camera].reshape(-1)
+        torch.testing.assert_close(distance, torch.full_like(distance, 1.7))
+
+
+def test_points_behind_the_camera_have_negative_depth() -> None:
+    cameras = Cameras.from_lists([33.0], [21.0])
+    assert cameras.project(2 * cameras.positions(), 8, 8)[0, 0, 2] < 0

@@ -109,6 +109,35 @@ class Cameras:
         origins = self.positions()[:, None, None, :].expand_as(directions)
         return origins, directions
 
+    def project(self, points: Tensor, height: int, width: int) -> Tensor:
+        """World points [P, 3] in homogeneous pixels [B, P, 3], the dtype of `points`, differentiable in them.
+
+        (x depth, y depth, depth): depth is measured along the viewing axis in scene units, negative behind
+        the camera, so nothing is divided and no point is singular; x and y count pixels from the top left
+        corner of the image, y downwards. `rays` looks through (column + 0.5, row + 0.5).
+        """
+        # Written out instead of as a matrix product, which autocast or TF32 would round to ten bits.
+        px, py, pz = points[None, :, :].unbind(-1)
+        along_right, along_up, along_backward = (
+            axis[:, 0:1] * px + axis[:, 1:2] * py + axis[:, 2:3] * pz
+            for axis in (axis.to(points.dtype) for axis in self.axes())
+        )
+        depth = self.radius[:, None].to(points.dtype) - along_backward
+        pixels_per_slope = (height / 2 / torch.tan(torch.deg2rad(self.fov_y_deg) / 2))[:, None].to(
+            points.dtype
+        )
+        x = pixels_per_slope * along_right + width / 2 * depth
+        y = height / 2 * depth - pixels_per_slope * along_up
+        return torch.stack([x, y, depth], dim=-1)
+
+    def ray_lengths(self, height: int, width: int) -> Tensor:
+        """Distance from the camera of a point at depth 1 in each pixel's centre, float32 [B, H, W]."""
+        pixel = 2 * torch.tan(torch.deg2rad(self.fov_y_deg) / 2)[:, None, None] / height
+        device = self.azimuth_deg.device
+        y = (torch.arange(height, device=device) + 0.5 - height / 2)[None, :, None] * pixel
+        x = (torch.arange(width, device=device) + 0.5 - width / 2)[None, None, :] * pixel
+        return torch.sqrt(1 + x.square() + y.square())
+
     def conditioning(self) -> Tensor:
         """What a camera-conditioned network sees, float32 [B, 5].
 
