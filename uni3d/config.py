@@ -95,6 +95,9 @@ class FieldConfig:
 
     encoding: Literal["dense", "hash"] = "dense"
     """dense: voxel grids, fast on a CPU. hash: a multiresolution hash grid and a small network, for GPUs."""
+    encoding_backend: Literal["auto", "torch", "triton", "tinycudann"] = "auto"
+    """Who looks up grids and tables: torch, triton (GPU), tinycudann (GPU, hash only, if installed); auto
+    takes triton on a GPU."""
     resolutions: tuple[int, ...] = (24, 48, 96)
     """Vertices along an edge of each dense grid, coarse to fine."""
     half_extent: float = 0.6
@@ -118,6 +121,12 @@ class FieldConfig:
 class RendererConfig:
     """Volume rendering during the run."""
 
+    backend: Literal["auto", "torch", "triton", "nerfacc"] = "auto"
+    """torch (CPU or GPU), triton (GPU, fixed memory) or nerfacc (GPU, if installed); auto takes triton on a
+    GPU."""
+    max_samples: int | None = None
+    """Most samples that get gradient in a step, which bounds the memory; none: 8 a ray for triton, all for
+    others."""
     resolution: Schedule = ((0.0, 64.0), (0.6, 64.0), (0.6, 96.0))
     """Rendered image side in pixels over the run."""
     samples_per_ray: int = 64
@@ -129,6 +138,8 @@ class RendererConfig:
 
     def __post_init__(self) -> None:
         check_schedule("renderer.resolution", self.resolution, 8.0, 2048.0)
+        if self.max_samples is not None:
+            check_range("renderer.max_samples", self.max_samples, 1, 1_000_000_000)
         check_range("renderer.samples_per_ray", self.samples_per_ray, 4, 4096)
         check_range("renderer.occupancy_interval", self.occupancy_interval, 1, 1_000_000)
 

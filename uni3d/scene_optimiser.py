@@ -25,12 +25,19 @@ from uni3d.diffusion.prompt import PromptContexts
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import ConfigError
 from uni3d.losses import recipes
+from uni3d.scene.backends import (
+    ChosenEncoding,
+    ChosenRenderer,
+    choose_encoding_backend,
+    choose_renderer,
+)
 from uni3d.scene.backgrounds import random_backgrounds, random_greys
 from uni3d.scene.camera import Cameras, sample_orbit_cameras
+from uni3d.scene.device_draws import to_device
 from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.radiance_field import RadianceField
 from uni3d.scene.regularisers import opacity_entropy, opacity_sparsity, total_variation
-from uni3d.scene.renderer import RenderOutput, render
+from uni3d.scene.renderer import RenderOutput
 from uni3d.training.descent import descend
 from uni3d.training.distiller import Distiller
 from uni3d.training.guidance import GuidanceLosses
@@ -75,8 +82,10 @@ class SceneOptimiser:
 
     def _build_scene(self) -> None:
         config = self.config
+        self.renderer, self.encoding_backend = choose_backends(config, self.device)
         self.field = RadianceField(
             encoding=config.field.encoding,
+            encoding_backend=self.encoding_backend.name,
             resolutions=config.field.resolutions,
             half_extent=config.field.half_extent,
             blob_radius=config.field.initial_radius,
@@ -230,7 +239,7 @@ class SceneOptimiser:
         self, cameras: Cameras, size: int, background: Tensor | float, *, training: bool = False
     ) -> RenderOutput:
         """Render the field for `cameras` at `size` pixels; stratified samples only while training."""
-        return render(
+        return self.renderer.render(
             self.field,
             cameras.to(self.device),
             size,
@@ -239,6 +248,7 @@ class SceneOptimiser:
             num_samples=self.config.renderer.samples_per_ray,
             occupancy=self.occupancy,
             generator=self.generator if training else None,
+            max_samples=self.config.renderer.max_samples if training else None,
         )
 
     def _sample_cameras(self, num: int) -> Cameras:
@@ -255,9 +265,9 @@ class SceneOptimiser:
 
     def _backgrounds(self, num: int) -> Tensor | float:
         if self.config.renderer.background == "random":
-            return random_backgrounds(num, generator=self.generator).to(self.device)
+            return to_device(random_backgrounds(num, generator=self.generator), self.device)
         if self.config.renderer.background == "greys":
-            return random_greys(num, generator=self.generator).to(self.device)
+            return to_device(random_greys(num, generator=self.generator), self.device)
         return WHITE if self.config.renderer.background == "white" else GREY
 
     def _value(self, schedule: Schedule) -> float:
@@ -286,6 +296,24 @@ class SceneOptimiser:
         self.generator.set_state(state["generator"])
         self.step_index = int(state["step"])
         self._follow_schedules()
+
+
+def choose_backends(config: TextTo3DConfig, device: torch.device) -> tuple[ChosenRenderer, ChosenEncoding]:
+    """Who renders and who looks up the field on `device`; MissingPackageError or UsageError for what cannot
+    be had there, ConfigError for fewer samples than the largest training images have rays."""
+    renderer = choose_renderer(config.renderer.backend, device)
+    encoding = choose_encoding_backend(
+        config.field.encoding_backend, device, is_hashed=config.field.encoding == "hash"
+    )
+    most = config.renderer.max_samples
+    side = round(max(size for _, size in config.renderer.resolution))
+    num_rays = config.guidance.views_per_step * side * side
+    if renderer.name == "triton" and most is not None and most < num_rays:
+        raise ConfigError(
+            f"renderer.max_samples is {most}, but a step renders up to {num_rays} rays and backend triton "
+            f"needs a sample for each; raise it to {num_rays} or more, or lower renderer.resolution"
+        )
+    return renderer, encoding
 
 
 def resolve_recipe(config: TextTo3DConfig) -> recipes.Recipe:

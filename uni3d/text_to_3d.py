@@ -44,7 +44,7 @@ from uni3d.prompts import check_prompt, prompt_slug
 from uni3d.resources import weights_folder
 from uni3d.scene.camera import ring_cameras
 from uni3d.scene.regularisers import fog_fraction
-from uni3d.scene_optimiser import SceneOptimiser, resolve_recipe
+from uni3d.scene_optimiser import SceneOptimiser, choose_backends, resolve_recipe
 from uni3d.training.checkpoint import CheckpointStore, atomic_write, atomic_write_json
 from uni3d.training.run_log import NonFiniteGuard, Progress, RunDirectory
 from uni3d.training.stop import StopFlag
@@ -341,11 +341,12 @@ def generate(config: TextTo3DConfig, *, watch: RunWatch | None = None) -> Genera
     """
     config = _checked(config)
     device, reason = choose_device(config.device)
+    renderer, encoding = choose_backends(config, torch.device(device))
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         teacher, warning = _load_teacher(config, device)
     with _open_run(config) as run, StopFlag() as stop:
-        logger.info("device: %s (%s)", device, reason)
+        logger.info("device: %s (%s), %s, %s", device, reason, renderer, encoding)
         if warning:
             logger.warning("%s", warning)
         optimiser = SceneOptimiser(config, teacher)
@@ -520,7 +521,7 @@ def _deliver(run: RunDirectory, config: TextTo3DConfig, mesh: TexturedMesh, extr
 
 
 def _fingerprint(config: TextTo3DConfig) -> dict[str, Any]:
-    """What must not change between the runs that share checkpoints."""
+    """What must not change between the runs that share checkpoints; who computes it may."""
     ignored = (
         "output",
         "runs_folder",
@@ -532,4 +533,7 @@ def _fingerprint(config: TextTo3DConfig) -> dict[str, Any]:
         "checkpoints",
         "mesh",
     )
-    return {key: value for key, value in config_to_dict(config).items() if key not in ignored}
+    kept = {key: value for key, value in config_to_dict(config).items() if key not in ignored}
+    for group, key in (("renderer", "backend"), ("renderer", "max_samples"), ("field", "encoding_backend")):
+        kept[group] = {name: value for name, value in kept[group].items() if name != key}
+    return kept

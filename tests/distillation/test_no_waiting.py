@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from distillation_fixtures import distill_config, random_network, teacher_config
+from no_waiting import Watch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from uni3d.distillation.image_batches import open_source
 from uni3d.distillation.student_training import StudentTraining
@@ -16,19 +16,6 @@ from uni3d.distillation.teacher_training import TeacherTraining
 from uni3d.training.processes import Processes
 
 CPU = torch.device("cpu")
-# What a GPU would have to be waited for: values read by the host, and shapes that depend on values.
-WAITING = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "bincount")
-
-
-class Watch(TorchDispatchMode):
-    """Fails at the first operation that waits."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name.strip("_") not in {word.strip("_") for word in WAITING}, name
-        if name == "index":
-            assert all(index is None or index.dtype != torch.bool for index in args[1]), "a mask as index"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True)

@@ -73,7 +73,9 @@ def test_hash_encoding_shape_levels_and_repeatability() -> None:
 
     encoding = build(0)
     assert encoding.resolutions == (4, 8, 16, 32)
-    assert [table.shape[1] for table in encoding.tables] == [64, 512, 1024, 1024]
+    assert [level.num_slots for level in encoding.levels] == [64, 512, 1024, 1024]
+    assert [level.is_hashed for level in encoding.levels] == [False, False, True, True]
+    assert encoding.table.shape == (64 + 512 + 1024 + 1024, 2)
     features = encoding(_points(50))
     assert features.shape == (50, encoding.num_features) == (50, 8)
     assert torch.equal(features, build(0)(_points(50)))

@@ -5,32 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from painted_scene import BALL_COLOUR
+from rendered_scene import bumpy_ball, gradients_of, maps_of, two_cameras
 from torch import Tensor
 
 from uni3d.errors import UsageError
-from uni3d.scene.camera import Cameras, ring_cameras, sample_orbit_cameras
+from uni3d.scene.camera import Cameras, ring_cameras
 from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.radiance_field import RadianceField
-from uni3d.scene.renderer import RenderOutput, render
+from uni3d.scene.renderer import render
 
 SIZE = 20
-
-
-def _field(seed: int = 0) -> RadianceField:
-    """A ball with bumps and colours, opaque inside and empty outside."""
-    field = RadianceField(resolutions=(9, 21))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        distance = field.vertex_positions(21).norm(dim=1).view(1, 21, 21, 21)
-        field.density_grids[0].zero_()
-        field.density_grids[1].copy_((30 * (0.4 - distance)).clamp(-12, 5))
-        field.density_grids[1].add_(0.3 * torch.randn(1, 21, 21, 21, generator=generator))
-        field.colour_grids[0].normal_(generator=generator)
-    return field
-
-
-def _cameras(num: int = 2) -> Cameras:
-    return sample_orbit_cameras(num, generator=torch.Generator().manual_seed(7))
 
 
 def _dense_reference(field: RadianceField, cameras: Cameras, background: float, num_samples: int) -> Tensor:
@@ -49,50 +33,41 @@ def _dense_reference(field: RadianceField, cameras: Cameras, background: float, 
     return torch.cat([rgb + (1 - opacity) * background, opacity, depth], dim=-1).permute(0, 3, 1, 2)
 
 
-def _maps(output: RenderOutput) -> Tensor:
-    return torch.cat([output.image, output.opacity, output.depth], dim=1)
-
-
-def _gradients(field: RadianceField, maps: Tensor) -> list[Tensor]:
-    cotangent = torch.randn(maps.shape, generator=torch.Generator().manual_seed(3))
-    return list(torch.autograd.grad((maps * cotangent)[:, :4].sum(), list(field.parameters())))
-
-
 def test_without_pruning_equals_the_dense_reference() -> None:
-    field, cameras = _field(), _cameras()
-    ours = _maps(render(field, cameras, SIZE, SIZE, 0.3, num_samples=40, stop_transmittance=0.0))
+    field, cameras = bumpy_ball(), two_cameras()
+    ours = maps_of(render(field, cameras, SIZE, SIZE, 0.3, num_samples=40, stop_transmittance=0.0))
     reference = _dense_reference(field, cameras, 0.3, 40)
     torch.testing.assert_close(ours[:, :4], reference[:, :4], atol=2e-5, rtol=1e-4)
     is_seen = reference[:, 3] > 1e-3
     torch.testing.assert_close(ours[:, 4][is_seen], reference[:, 4][is_seen], atol=1e-3, rtol=0)
-    for gradient, expected in zip(_gradients(field, ours), _gradients(field, reference), strict=True):
+    for gradient, expected in zip(gradients_of(field, ours), gradients_of(field, reference), strict=True):
         torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_pruning_changes_almost_nothing_and_drops_most_samples() -> None:
-    field, cameras = _field(), _cameras()
+    field, cameras = bumpy_ball(), two_cameras()
     occupancy = OccupancyGrid(resolution=24)
     occupancy.update(field)
     full = render(field, cameras, SIZE, SIZE, 0.3, num_samples=40, stop_transmittance=0.0)
     pruned = render(field, cameras, SIZE, SIZE, 0.3, num_samples=40, occupancy=occupancy)
     assert pruned.samples.weights.shape[0] < 0.4 * full.samples.weights.shape[0]
     reference = _dense_reference(field, cameras, 0.3, 40)
-    torch.testing.assert_close(_maps(pruned)[:, :4], reference[:, :4], atol=4e-3, rtol=0)
+    torch.testing.assert_close(maps_of(pruned)[:, :4], reference[:, :4], atol=4e-3, rtol=0)
     for gradient, expected in zip(
-        _gradients(field, _maps(pruned)), _gradients(field, reference), strict=True
+        gradients_of(field, maps_of(pruned)), gradients_of(field, reference), strict=True
     ):
         assert (gradient - expected).norm() < 0.02 * expected.norm()
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    field, cameras = _field(), _cameras()
+    field, cameras = bumpy_ball(), two_cameras()
     whole = render(field, cameras, SIZE, SIZE, num_samples=40)
     monkeypatch.setattr("uni3d.scene.renderer.CANDIDATES_PER_CHUNK", 1500)
     assert torch.equal(render(field, cameras, SIZE, SIZE, num_samples=40).image, whole.image)
 
 
 def test_bitwise_repeatable_from_the_same_generator_state() -> None:
-    field, cameras = _field(), _cameras()
+    field, cameras = bumpy_ball(), two_cameras()
 
     def run(seed: int) -> tuple[Tensor, list[Tensor]]:
         generator = torch.Generator().manual_seed(seed)
@@ -108,7 +83,7 @@ def test_bitwise_repeatable_from_the_same_generator_state() -> None:
             occupancy=occupancy,
             max_samples=2000,
         )
-        return output.image, _gradients(field, _maps(output))
+        return output.image, gradients_of(field, maps_of(output))
 
     (image, gradients), (same_image, same_gradients), (other_image, _) = run(1), run(1), run(2)
     assert torch.equal(image, same_image)
@@ -121,7 +96,7 @@ def test_a_sample_budget_keeps_the_image_and_thins_the_gradient(seed: int | None
     def generator() -> torch.Generator | None:
         return None if seed is None else torch.Generator().manual_seed(seed)
 
-    field, cameras = _field(), _cameras()
+    field, cameras = bumpy_ball(), two_cameras()
     full = render(field, cameras, SIZE, SIZE, num_samples=40, generator=generator())
     budget = full.samples.weights.shape[0] // 4
     calls: list[int] = []
@@ -137,12 +112,12 @@ def test_a_sample_budget_keeps_the_image_and_thins_the_gradient(seed: int | None
     thinned = render(field, cameras, SIZE, SIZE, num_samples=40, generator=generator(), max_samples=budget)
     assert 0.7 * budget < sum(calls) <= budget
     torch.testing.assert_close(thinned.image, full.image)
-    norms = [sum(float(g.norm()) for g in _gradients(field, _maps(output))) for output in (full, thinned)]
+    norms = [sum(float(g.norm()) for g in gradients_of(field, maps_of(output))) for output in (full, thinned)]
     assert 0 < norms[1] < norms[0]
 
 
 def test_backgrounds() -> None:
-    field, cameras = _field(), _cameras()
+    field, cameras = bumpy_ball(), two_cameras()
     colours = torch.tensor([[1.0, 0.0, 0.5], [0.2, 0.9, 0.1]])
 
     def corner(background: Tensor | float) -> Tensor:
@@ -184,7 +159,7 @@ def test_a_ball_has_the_right_outline_depth_and_normals() -> None:
 
 
 def test_an_empty_view_renders_the_background_and_has_zero_gradient() -> None:
-    field = _field()
+    field = bumpy_ball()
     cameras = Cameras.from_lists([0.0, 90.0], [0.0, 0.0], fov_y_deg=0.01)
     occupancy = OccupancyGrid(resolution=8)
     with torch.no_grad():
@@ -204,7 +179,7 @@ def test_hash_fields_render_and_train() -> None:
         hash_options={"num_levels": 3, "table_size": 2**10, "max_resolution": 32},
         generator=torch.Generator().manual_seed(0),
     )
-    output = render(field, _cameras(), SIZE, SIZE, num_samples=24, with_normals=True)
+    output = render(field, two_cameras(), SIZE, SIZE, num_samples=24, with_normals=True)
     output.image.square().mean().backward()
     assert all(
         parameter.grad is not None and parameter.grad.isfinite().all() for parameter in field.parameters()
@@ -213,13 +188,13 @@ def test_hash_fields_render_and_train() -> None:
 
 @pytest.mark.gpu
 def test_gpu_agrees_with_cpu() -> None:
-    field, cameras = _field(), _cameras()
+    field, cameras = bumpy_ball(), two_cameras()
     expected = render(field, cameras, SIZE, SIZE, 0.3, num_samples=40)
-    gradients = _gradients(field, _maps(expected))
-    on_gpu = _field().cuda()
+    gradients = gradients_of(field, maps_of(expected))
+    on_gpu = bumpy_ball().cuda()
     output = render(on_gpu, cameras.to("cuda"), SIZE, SIZE, 0.3, num_samples=40)
     torch.testing.assert_close(output.image.cpu(), expected.image, atol=1e-4, rtol=1e-4)
-    maps = _maps(output)
+    maps = maps_of(output)
     cotangent = torch.randn(maps.shape, generator=torch.Generator().manual_seed(3)).cuda()
     found = torch.autograd.grad((maps * cotangent)[:, :4].sum(), list(on_gpu.parameters()))
     for gradient, reference in zip(found, gradients, strict=True):

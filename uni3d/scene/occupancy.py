@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from uni3d.scene.device_draws import uniform
+
 
 class DensityField(Protocol):
     """What a renderer needs to know of a field for skipping empty space."""
@@ -68,27 +70,28 @@ class OccupancyGrid(nn.Module):
         if generator is None:
             within = torch.full_like(cells, 0.5)
         else:
-            within = torch.rand(cells.shape, generator=generator, device=generator.device).to(device)
+            within = uniform(*cells.shape, generator=generator, device=device)
         cell_size = 2 * self.half_extent / self.resolution
         probed = field.density((cells + within) * cell_size - self.half_extent).view(self.density.shape)
         density = torch.maximum(self.density * self.decay, probed)
         threshold = density.mean().clamp(max=self.threshold)
         has_matter = (density >= threshold)[None, None].float()
-        if not has_matter.any():
-            return  # a non-finite field: keep the last good state, the training step will report it
-        self.density.copy_(density)
         width = 2 * self.dilation + 1
-        dilated = nn.functional.max_pool3d(has_matter, width, stride=1, padding=self.dilation)
-        self.is_occupied.copy_(dilated[0, 0] > 0.5)
-        self._update_bounds(cell_size)
+        dilated = nn.functional.max_pool3d(has_matter, width, stride=1, padding=self.dilation)[0, 0] > 0.5
+        # A non-finite field has no matter: keep the last good state, the training step will report it.
+        is_good = has_matter.any()
+        self.density.copy_(torch.where(is_good, density, self.density))
+        self.is_occupied.copy_(torch.where(is_good, dilated, self.is_occupied))
+        self.bounds.copy_(torch.where(is_good, self._box(cell_size), self.bounds))
 
     def occupied_fraction(self) -> float:
         """Share of occupied cells, in [0, 1]."""
         return float(self.is_occupied.float().mean())
 
-    def _update_bounds(self, cell_size: float) -> None:
-        """Box [2, 3] around the occupied cells, in scene units (x, y, z)."""
-        for axis, others in enumerate([(0, 1), (0, 2), (1, 2)]):  # the grid's axes are z, y, x
-            filled = torch.nonzero(self.is_occupied.any(dim=others[1]).any(dim=others[0]))
-            self.bounds[0, axis] = float(filled.min()) * cell_size - self.half_extent
-            self.bounds[1, axis] = (float(filled.max()) + 1) * cell_size - self.half_extent
+    def _box(self, cell_size: float) -> Tensor:
+        """Box float64 [2, 3] around the occupied cells, in scene units (x, y, z)."""
+        ends = []
+        for others in ((0, 1), (0, 2), (1, 2)):  # the grid's axes are z, y, x
+            filled = self.is_occupied.any(dim=others[1]).any(dim=others[0]).to(torch.int32)
+            ends.append(torch.stack([filled.argmax(), self.resolution - filled.flip(0).argmax()]))
+        return torch.stack(ends, dim=1).double() * cell_size - self.half_extent

@@ -102,3 +102,16 @@ def compositing_weights(optical_depth: Tensor, segments: Segments) -> Tensor:
     constant extinction; the form NeRF (Mildenhall et al. 2020, Eq. 3) uses.
     """
     return torch.exp(-exclusive_sum(optical_depth, segments)) * -torch.expm1(-optical_depth)
+
+
+def composite(
+    optical_depth: Tensor, features: Tensor, distances: Tensor, segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """Weights [N] of the samples, and sums over rays [R, C + 2] of weight times features [N, C], of weights
+    (the opacity), and of weight times `distances` [N].
+
+    Differentiable in `optical_depth` [N] and `features`.
+    """
+    weights = compositing_weights(optical_depth, segments)
+    columns = [features, torch.ones_like(distances)[:, None], distances[:, None]]
+    return weights, weighted_ray_sum(weights, torch.cat(columns, dim=1), segments)

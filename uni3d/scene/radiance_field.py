@@ -10,14 +10,14 @@ Legend: P points, G vertices along a grid's edge.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from uni3d.errors import UsageError
-from uni3d.scene.encoding import HashGridEncoding, dense_corners, weighted_corners
+from uni3d.scene.encoding import EncodingBackend, HashGridEncoding, dense_corners, weighted_corners
 
 DEFAULT_HALF_EXTENT = 0.6
 MAX_LOG_DENSITY = 7.0  # 1,100 per scene unit: opaque within 5 mm of a unit object
@@ -55,6 +55,7 @@ class RadianceField(nn.Module):
         resolutions: vertices along an edge of each dense grid, coarse to fine.
         density_activation: "exp" (truncated; clears fog best) or "softplus" (gentler gradients).
         hash_options: keyword arguments of `HashGridEncoding`; only with encoding="hash".
+        encoding_backend: who looks up grids and tables: "torch", "triton" or, for a hash field, "tinycudann".
         hidden_width: width of the hash encoding's network.
         generator: random start of hash tables and network; the dense field starts without randomness.
 
@@ -71,6 +72,7 @@ class RadianceField(nn.Module):
         blob_radius: float = 0.35,
         blob_sharpness: float = 4.0,
         hash_options: Mapping[str, int] | None = None,
+        encoding_backend: EncodingBackend = "torch",
         hidden_width: int = 32,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -85,7 +87,13 @@ class RadianceField(nn.Module):
             )
         if encoding == "dense" and (not resolutions or min(resolutions) < 2):
             raise UsageError(f"grid resolutions are {resolutions}; give one or more, each at least 2")
+        if encoding == "dense" and encoding_backend == "tinycudann":
+            raise UsageError(
+                "tinycudann was chosen for a dense field; it looks up hash tables only, so pass "
+                "encoding='hash' or another backend"
+            )
         self.encoding = encoding
+        self.encoding_backend = encoding_backend
         self.half_extent = half_extent
         self.density_activation = density_activation
         self.blob_radius = blob_radius
@@ -104,7 +112,11 @@ class RadianceField(nn.Module):
                 vertices = self.vertex_positions(resolutions[0])
                 self.density_grids[0].copy_(self._raw_blob(vertices).view_as(self.density_grids[0]))
         else:
-            self.hash_grid = HashGridEncoding(**(hash_options or {}), generator=generator)  # type: ignore[arg-type]
+            self.hash_grid = HashGridEncoding(
+                **(hash_options or {}),  # type: ignore[arg-type]
+                backend=encoding_backend,
+                generator=generator,
+            )
             self.hidden = _linear(self.hash_grid.num_features, hidden_width, generator)
             self.density_head = _linear(hidden_width, 1, generator)
             self.colour_head = _linear(hidden_width, 3, generator)
@@ -211,11 +223,20 @@ class RadianceField(nn.Module):
         raw_density = unit.new_zeros(unit.shape[0], 1)
         raw_colour = unit.new_zeros(unit.shape[0], 3) if with_colour else None
         for level in range(self.num_active_levels):
-            corners = dense_corners(unit, self.resolutions[level])
-            raw_density = raw_density + weighted_corners(self.density_grids[level], corners)
+            look_up = self._look_up_at(unit, self.resolutions[level])
+            raw_density = raw_density + look_up(self.density_grids[level])
             if raw_colour is not None:
-                raw_colour = raw_colour + weighted_corners(self.colour_grids[level], corners)
+                raw_colour = raw_colour + look_up(self.colour_grids[level])
         return raw_density[:, 0], raw_colour
+
+    def _look_up_at(self, unit: Tensor, resolution: int) -> Callable[[Tensor], Tensor]:
+        """The function that reads a grid of `resolution` [C, G, G, G] at points [P, 3] in [0, 1]^3."""
+        if self.encoding_backend == "triton":
+            from uni3d.scene import grid_kernels
+
+            return lambda grid: grid_kernels.dense_look_up(unit, grid)
+        corners = dense_corners(unit, resolution)  # found once for density and colour
+        return lambda grid: weighted_corners(grid, corners)
 
     def _activate(self, raw: Tensor) -> Tensor:
         if self.density_sharpness != 1.0:

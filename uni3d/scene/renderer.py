@@ -18,8 +18,9 @@ from torch import Tensor
 
 from uni3d.errors import UsageError
 from uni3d.scene.camera import Cameras
+from uni3d.scene.marching import along, is_occupied, lattice_shift, places_inside, scene_bounds
 from uni3d.scene.occupancy import OccupancyGrid
-from uni3d.scene.packed import Segments, compositing_weights, exclusive_sum, weighted_ray_sum
+from uni3d.scene.packed import Segments, composite, exclusive_sum
 
 CANDIDATES_PER_CHUNK = 2**21  # about 80 MB of temporaries in the passes without gradient
 
@@ -75,6 +76,26 @@ class RenderOutput:
     normals: Tensor | None = None
 
 
+class Renderer(Protocol):
+    """What every renderer takes and gives: `render`, and the others that `backends.choose_renderer` knows."""
+
+    def __call__(
+        self,
+        field: Field,
+        cameras: Cameras,
+        height: int,
+        width: int,
+        background: Tensor | float = 1.0,
+        *,
+        num_samples: int = 80,
+        generator: torch.Generator | None = None,
+        occupancy: OccupancyGrid | None = None,
+        stop_transmittance: float = 1e-3,
+        max_samples: int | None = None,
+        with_normals: bool = False,
+    ) -> RenderOutput: ...
+
+
 def render(
     field: Field,
     cameras: Cameras,
@@ -108,7 +129,7 @@ def render(
     origins, directions = (rays.reshape(-1, 3) for rays in cameras.rays(height, width))
     step = 2 * field.half_extent / num_samples
     with torch.no_grad():
-        shift = _lattice_shift(origins, generator)
+        shift = lattice_shift(origins, generator)
         ray_index, distances = _live_samples(
             field,
             origins,
@@ -118,47 +139,28 @@ def render(
             occupancy=occupancy,
             stop_transmittance=stop_transmittance,
         )
-        points = _along(origins, directions, ray_index, distances)
+        points = along(origins, directions, ray_index, distances)
     segments = Segments.from_ray_index(ray_index, origins.shape[0])
-    density, colour = _evaluate_within_budget(field, points, segments, max_samples, generator)
-    weights = compositing_weights(density * step, segments)
-
-    columns = [colour, torch.ones_like(distances)[:, None], distances[:, None]]
+    density, colour = evaluate_within_budget(field, points, segments, max_samples, generator)
     normals = field.normals(points) if with_normals else None
-    if normals is not None:
-        columns.append(normals)
-    sums = weighted_ray_sum(weights, torch.cat(columns, dim=1), segments)
-    maps = sums.view(len(cameras), height, width, -1).permute(0, 3, 1, 2)
-    opacity = maps[:, 3:4]
-    image = maps[:, :3] + (1 - opacity) * _background_image(background, maps)
+    features = colour if normals is None else torch.cat([colour, normals], dim=1)
+    weights, sums = composite(density * step, features, distances, segments)
+    samples = RaySamples(segments, weights, distances, points, directions, step, normals)
+    return picture(sums.view(len(cameras), height, width, -1), background, samples)
+
+
+def picture(sums: Tensor, background: Tensor | float, samples: RaySamples) -> RenderOutput:
+    """The output from sums over rays [B, H, W, C + 2] as `packed.composite` gives them: features are colours
+    and, if the samples have normals, normals. Raises UsageError for a background of another shape."""
+    maps = sums.permute(0, 3, 1, 2)
+    opacity, distance = maps[:, -2:-1], maps[:, -1:]
     return RenderOutput(
-        image=image,
+        image=maps[:, :3] + (1 - opacity) * _background_image(background, maps),
         opacity=opacity,
-        depth=maps[:, 4:5] / opacity.clamp(min=1e-6),
-        normals=maps[:, 5:8] if with_normals else None,
-        samples=RaySamples(segments, weights, distances, points, directions, step, normals),
+        depth=distance / opacity.clamp(min=1e-6),
+        normals=None if samples.normals is None else maps[:, 3:6],
+        samples=samples,
     )
-
-
-def _lattice_shift(origins: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Part of a step, in [0, 1), by which each ray's lattice is moved, [R]."""
-    if generator is None:
-        return torch.full_like(origins[:, 0], 0.5)
-    return torch.rand(origins.shape[0], generator=generator, device=generator.device).to(origins.device)
-
-
-def _along(origins: Tensor, directions: Tensor, ray_index: Tensor, distances: Tensor) -> Tensor:
-    """Points [N, 3] at `distances` [N] on the rays `ray_index` [N]."""
-    return torch.addcmul(origins[ray_index], directions[ray_index], distances[:, None])
-
-
-def _box_interval(origins: Tensor, directions: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances [R] at which rays enter and leave the box `bounds` [2, 3]; entry > exit for a miss."""
-    sign = torch.where(directions < 0, -1.0, 1.0)
-    inverse = sign / directions.abs().clamp(min=1e-9)  # no 0 * inf for rays that run along a face
-    to_low, to_high = (bounds[0] - origins) * inverse, (bounds[1] - origins) * inverse
-    entry = torch.minimum(to_low, to_high).amax(dim=-1).clamp(min=0)
-    return entry, torch.maximum(to_low, to_high).amin(dim=-1)
 
 
 def _live_samples(
@@ -172,17 +174,9 @@ def _live_samples(
     stop_transmittance: float,
 ) -> tuple[Tensor, Tensor]:
     """Ray index int64 [N], ascending, and distance [N], ascending on each ray, of the samples worth
-    evaluating.
-
-    Lattice places are at (k + shift) * step from the camera for whole k, those inside the bounds only.
-    """
-    if occupancy is None:
-        bounds = origins.new_tensor([[-field.half_extent] * 3, [field.half_extent] * 3])
-    else:
-        bounds = occupancy.bounds
-    entry, leave = _box_interval(origins, directions, bounds)
-    first = torch.ceil(entry / step - shift)
-    count = (torch.floor(leave / step - shift) - first + 1).clamp(min=0)
+    evaluating."""
+    bounds = scene_bounds(field.half_extent, occupancy, origins)
+    first, count = places_inside(origins, directions, bounds, shift, step)
     rays = torch.nonzero(count)[:, 0]
     found: list[tuple[Tensor, Tensor]] = []
     if rays.numel() > 0:
@@ -217,32 +211,18 @@ def _live_samples_of_chunk(
     is_live = places < count[:, None]
     if occupancy is not None:
         distances = start[:, None] + places * step
-        is_live &= _is_occupied(occupancy, origins[rays], directions[rays], distances)
+        is_live &= is_occupied(occupancy, origins[rays], directions[rays], distances)
     row, place = torch.nonzero(is_live, as_tuple=True)
     ray_index, distances = rays[row], start[row] + place * step
     if stop_transmittance <= 0:
         return ray_index, distances
-    density = field.density(_along(origins, directions, ray_index, distances))
+    density = field.density(along(origins, directions, ray_index, distances))
     before = exclusive_sum(density * step, Segments.from_ray_index(row, rays.shape[0]))
     is_lit = torch.exp(-before) > stop_transmittance
     return ray_index[is_lit], distances[is_lit]
 
 
-def _is_occupied(occupancy: OccupancyGrid, origins: Tensor, directions: Tensor, distances: Tensor) -> Tensor:
-    """Whether the points at `distances` [r, K] on rays [r, 3] lie in occupied cells, bool [r, K]."""
-    size = occupancy.resolution
-    per_unit = size / (2 * occupancy.half_extent)
-    start, slope = (origins + occupancy.half_extent) * per_unit, directions * per_unit
-    flat: Tensor | None = None
-    for axis in (2, 1, 0):  # cells are stored z, y, x
-        cell = torch.addcmul(start[:, axis, None], slope[:, axis, None], distances).to(torch.int32)
-        cell.clamp_(0, size - 1)
-        flat = cell if flat is None else flat.mul_(size).add_(cell)
-    assert flat is not None
-    return occupancy.is_occupied.view(-1).index_select(0, flat.view(-1)).view(flat.shape)
-
-
-def _evaluate_within_budget(
+def evaluate_within_budget(
     field: Field,
     points: Tensor,
     segments: Segments,

@@ -1,0 +1,109 @@
+"""Triton look-ups against their torch twins, forwards and backwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from uni3d.scene.encoding import HashGridEncoding, dense_corners, weighted_corners
+from uni3d.scene.radiance_field import RadianceField
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+def _points(num: int) -> Tensor:
+    """Points inside, on corners and faces, and outside the cube."""
+    inside = torch.rand(num, 3, generator=_generator())
+    corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
+    outside = torch.tensor([[-0.2, 0.5, 0.5], [0.5, 1.3, 0.5], [2.0, -1.0, 0.1]])
+    return torch.cat([inside, corners, outside])
+
+
+def _assert_twins(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours.cpu(), theirs.cpu(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("num_features", "num_points"), [(1, 150), (2, 1), (4, 150)])
+def test_hash_look_up_and_gradient(num_features: int, num_points: int, kernel_device: torch.device) -> None:
+    encoding = HashGridEncoding(
+        num_levels=3,
+        features_per_level=num_features,
+        table_size=2**9,
+        base_resolution=3,
+        max_resolution=50,
+        generator=_generator(),
+    )
+    assert {level.is_hashed for level in encoding.levels} == {True, False}
+    with torch.no_grad():
+        encoding.table.normal_(generator=_generator())
+    encoding.to(kernel_device)
+    points = _points(num_points).to(kernel_device)
+    cotangent = torch.randn(points.shape[0], encoding.num_features, generator=_generator())
+    cotangent[::3] = 0  # what the kernel skips
+    found = []
+    for backend in ("torch", "triton"):
+        encoding.backend = backend
+        features = encoding(points)
+        (gradient,) = torch.autograd.grad(features, encoding.table, cotangent.to(kernel_device))
+        found.append((features.detach(), gradient))
+    (reference, reference_gradient), (features, gradient) = found
+    assert reference_gradient.abs().max() > 0.1
+    _assert_twins(features, reference)
+    _assert_twins(gradient, reference_gradient)
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_dense_look_up_and_gradient(num_channels: int, kernel_device: torch.device) -> None:
+    from uni3d.scene import grid_kernels
+
+    grid = torch.randn(num_channels, 7, 7, 7, generator=_generator()).to(kernel_device).requires_grad_()
+    points = _points(150).to(kernel_device)
+    cotangent = torch.randn(points.shape[0], num_channels, generator=_generator()).to(kernel_device)
+    values = grid_kernels.dense_look_up(points, grid)
+    reference = weighted_corners(grid, dense_corners(points, 7))
+    _assert_twins(values, reference)
+    _assert_twins(
+        torch.autograd.grad(values, grid, cotangent)[0], torch.autograd.grad(reference, grid, cotangent)[0]
+    )
+
+
+@pytest.mark.parametrize("encoding", ["dense", "hash"])
+def test_a_field_is_the_same_with_either(encoding: str, kernel_device: torch.device) -> None:
+    def field(backend: str) -> RadianceField:
+        return RadianceField(
+            encoding=encoding,
+            resolutions=(4, 9),
+            hash_options={"num_levels": 2, "table_size": 2**8, "max_resolution": 20}
+            if encoding == "hash"
+            else None,
+            encoding_backend=backend,
+            generator=_generator(),
+        ).to(kernel_device)
+
+    points = ((_points(100) - 0.5) * 1.3).to(kernel_device)  # some outside the cube
+    found = []
+    for backend in ("torch", "triton"):
+        scene = field(backend)
+        density, colour = scene(points)
+        normals = scene.normals(points)
+        total = (density * colour.sum(dim=1)).sum() + normals[:, 0].sum()
+        found.append([density, colour, normals, *torch.autograd.grad(total, list(scene.parameters()))])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_no_points_are_looked_up_too(kernel_device: torch.device) -> None:
+    from uni3d.scene import grid_kernels
+
+    encoding = HashGridEncoding(num_levels=2, table_size=2**8, backend="triton").to(kernel_device)
+    features = encoding(torch.zeros(0, 3, device=kernel_device))
+    assert features.shape == (0, 4)
+    features.sum().backward()
+    assert encoding.table.grad is not None and not encoding.table.grad.any()
+    values = grid_kernels.dense_look_up(
+        torch.zeros(0, 3, device=kernel_device), torch.ones(3, 4, 4, 4, device=kernel_device)
+    )
+    assert values.shape == (0, 3)
