@@ -7,7 +7,7 @@ works off by many lanes per triangle. The host never waits for the device. Legen
 faces, E edges, H W pixels.
 """
 
-# Triton annotates what a kernel sees, not what its caller passes; and it comes with CUDA builds of torch only.
+# Triton annotates what a kernel sees, not what its caller passes, and comes with CUDA builds of torch only.
 # pyright: reportArgumentType=false, reportMissingImports=false
 
 from __future__ import annotations
