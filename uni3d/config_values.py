@@ -20,6 +20,7 @@ METHOD_NAMES: tuple[str, ...] = (
     "di-plus-plus",
     "di-star",
     "dds",
+    "csd",
     "dmd",
     "dmd2",
     "red-diff",

@@ -57,6 +57,14 @@ def published_methods() -> tuple[Recipe, ...]:
         guidance_scale=100.0,
     )
     dds = replace(sds, name="dds", title="Delta denoising score", student="source", guidance_scale=7.5)
+    csd = replace(
+        sds,
+        name="csd",
+        title="Classifier score distillation",
+        note="the guidance scale multiplies the whole; a negative prompt takes the place of the empty one",
+        student="classifier",
+        guidance_scale=7.5,
+    )
     red_diff = replace(
         sds,
         name="red_diff",
@@ -72,6 +80,7 @@ def published_methods() -> tuple[Recipe, ...]:
         di_star,
         sds,
         dds,
+        csd,
         vsd,
         *_dmd_recipes(diff_instruct),
         red_diff,
