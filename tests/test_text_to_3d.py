@@ -22,7 +22,7 @@ from uni3d.config import (
     RendererConfig,
     TextTo3DConfig,
 )
-from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
+from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import ConfigError, TrainingDiverged, UsageError
 from uni3d.mesh.report import mesh_report, read_extras
 from uni3d.scene_optimiser import DEFAULT_DIVERGENCE, SceneOptimiser, resolve_recipe

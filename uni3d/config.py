@@ -44,6 +44,12 @@ class GuidanceConfig:
     published."""
     adversarial_weight: float = 0.0
     """Weight of the GAN term that uni-instruct adds to the score terms; 0 leaves it out."""
+    jac_teacher: bool = True
+    """Differentiate the exact forms through the teacher; false is an ablation."""
+    jac_fake: bool = True
+    """Differentiate the exact forms through the fake score; false is an ablation."""
+    perp_neg: float = 0.0
+    """How strongly guidance keeps away from the prompt's other views (Perp-Neg); 0 leaves it out."""
     views_per_step: int = 1
     """Views rendered and scored in one step."""
     view_prompts: bool = True
@@ -63,6 +69,7 @@ class GuidanceConfig:
                     f"the run; noise_min must stay below noise_max"
                 )
         check_range("guidance.adversarial_weight", self.adversarial_weight, 0.0, 1e6)
+        check_range("guidance.perp_neg", self.perp_neg, 0.0, 100.0)
         check_range("guidance.views_per_step", self.views_per_step, 1, 64)
 
 
@@ -150,18 +157,57 @@ class FakeScoreConfig:
 
     lora_rank: int = 8
     """Rank of the LoRA on the attention layers of the teacher's UNet."""
-    learning_rate: float = 1e-3
-    """Its AdamW learning rate."""
+    learning_rate: Schedule = ((0.0, 1e-3),)
+    """Its AdamW learning rate over the run."""
+    weight_decay: float = 0.0
+    """Its AdamW weight decay."""
     updates_per_step: int = 1
     """Updates of the fake score for each step of the field."""
     warmup_steps: int = 20
     """Updates of the fake score before the field starts to move; at most a tenth of the run."""
+    base: str | None = None
+    """A model whose network carries the LoRA, by hub id or directory; none: the teacher's own."""
+    camera: Literal["conditioning", "pose"] = "conditioning"
+    """How it is told the camera: the five numbers of a camera token, or the 4 x 4 pose."""
+    camera_dropout: float = 0.0
+    """How often the camera is hidden from a training sample; above 0 its training takes its own pass."""
+    view_prompts: bool = True
+    """Whether its prompt names the view, as the teacher's does."""
+    weighting: Literal["eps", "v", "x0"] = "v"
+    """Space in which its squared error is taken: the noise, v, or the clean sample."""
+    noise_range: tuple[float, float] | None = None
+    """Its own smallest and largest noise level, as fractions of the timesteps; none: those of the field."""
 
     def __post_init__(self) -> None:
         check_range("fake_score.lora_rank", self.lora_rank, 1, 256)
-        check_range("fake_score.learning_rate", self.learning_rate, 0.0, 1.0)
+        check_schedule("fake_score.learning_rate", self.learning_rate, 0.0, 1.0)
+        check_range("fake_score.weight_decay", self.weight_decay, 0.0, 10.0)
+        check_range("fake_score.camera_dropout", self.camera_dropout, 0.0, 1.0)
+        if self.noise_range is not None:
+            check_pair("fake_score.noise_range", self.noise_range, 0.0, 1.0)
         check_range("fake_score.updates_per_step", self.updates_per_step, 0, 100)
         check_range("fake_score.warmup_steps", self.warmup_steps, 0, 1_000_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworksConfig:
+    """How the teacher's networks are run."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the teacher: auto takes bfloat16 for a downloaded model on a GPU, else float32."""
+    compile: Literal["auto", "off", "compile", "graphs"] = "auto"
+    """compile: torch.compile; graphs: captured CUDA graphs, without a compiler; auto: graphs on a GPU; off:
+    plain execution, to which the others fall back with a warning."""
+    image_size: int | None = None
+    """Side in pixels at which the teacher sees the renders; none: the size it was trained on."""
+    vae_slicing: bool = False
+    """Encode images one by one: less memory for several views."""
+    vae_tiling: bool = False
+    """Encode large images in tiles: less memory, faint seams."""
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            check_range("networks.image_size", self.image_size, 8, 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +334,10 @@ class TextTo3DConfig:
     """auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."""
     teacher: str = "embedded"
     """embedded (comes with uni3d), a Stable Diffusion id of the hub, or a directory in that layout."""
+    teacher_lora: Path | None = None
+    """A .safetensors file with a LoRA of the teacher, merged into it."""
+    teacher_lora_scale: float = 1.0
+    """Strength of that LoRA."""
     quality: Quality = "default"
     """default, or draft for a faster and coarser result; a file and flags override its values."""
     method: str = "uni-instruct"
@@ -312,6 +362,7 @@ class TextTo3DConfig:
     renderer: RendererConfig = RendererConfig()
     fake_score: FakeScoreConfig = FakeScoreConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    networks: NetworksConfig = NetworksConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     regularisers: RegularisersConfig = RegularisersConfig()
     mesh: MeshConfig = MeshConfig()
@@ -320,6 +371,7 @@ class TextTo3DConfig:
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0, MAX_SEED)
         check_range("steps", self.steps, 1, 10_000_000)
+        check_range("teacher_lora_scale", self.teacher_lora_scale, -10.0, 10.0)
         check_name("method", self.method.replace("_", "-"), METHOD_NAMES)
         if self.divergence is not None:
             parse_divergence(self.divergence)

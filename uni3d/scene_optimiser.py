@@ -12,8 +12,8 @@ and restored on the way.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from uni3d.config import TextTo3DConfig
 from uni3d.config_values import Schedule, value_at
+from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.diffusion.prompt import PromptContexts
-from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import ConfigError
 from uni3d.losses import recipes
 from uni3d.scene.backends import (
@@ -40,6 +40,7 @@ from uni3d.scene.regularisers import opacity_entropy, opacity_sparsity, total_va
 from uni3d.scene.renderer import RenderOutput
 from uni3d.training.descent import descend
 from uni3d.training.distiller import Distiller
+from uni3d.training.fake_score_law import FakeScoreLaw
 from uni3d.training.guidance import GuidanceLosses
 
 # psi = 1 / (1 + r) is bounded and stays near one while the discriminator still tells every render from a
@@ -52,12 +53,29 @@ WHITE = 0.95
 GREY = 0.5
 
 
-@dataclass(frozen=True)
 class StepReport:
-    """Numbers of one step for the log; `finite` says whether the step was applied."""
+    """Numbers of one step for the log; `finite` says whether the step was applied.
 
-    values: dict[str, float]
-    finite: bool
+    They stay on the device until the first of them is read, and come over together.
+    """
+
+    def __init__(self, figures: Mapping[str, Tensor], applied: Tensor) -> None:
+        self._names = list(figures)
+        self._tensors = [figure.detach().float() for figure in (*figures.values(), applied)]
+
+    @functools.cached_property
+    def _numbers(self) -> list[float]:
+        return torch.stack(self._tensors).tolist()
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The figures by name."""
+        return dict(zip(self._names, self._numbers, strict=False))
+
+    @property
+    def finite(self) -> bool:
+        """Whether every gradient was finite and the step was applied."""
+        return bool(self._numbers[-1])
 
 
 class SceneOptimiser:
@@ -66,11 +84,20 @@ class SceneOptimiser:
     Args:
         config: the run; prompt, seed, schedules and weights are read from it.
         teacher: frozen; its network receives the LoRA adapters of the fake score, see `close`.
+        fake_base: the model of `config.fake_score.base`, which receives them instead.
     """
 
-    def __init__(self, config: TextTo3DConfig, teacher: LatentDiffusionTeacher) -> None:
+    def __init__(
+        self,
+        config: TextTo3DConfig,
+        teacher: LatentDiffusionTeacher,
+        *,
+        fake_base: LatentDiffusionTeacher | None = None,
+    ) -> None:
         self.config = config
         self.teacher = teacher
+        self._fake_base = fake_base
+        _check_groups(config, teacher.views_per_group)
         self.device = teacher.device
         self.step_index = 0
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -106,13 +133,23 @@ class SceneOptimiser:
             use_view_words=config.guidance.view_prompts,
             use_camera=config.guidance.camera_token,
         )
+        fake = config.fake_score
         return Distiller(
             self.teacher,
             contexts,
             resolve_recipe(config),
-            lora_rank=config.fake_score.lora_rank,
-            fake_score_learning_rate=config.fake_score.learning_rate,
-            fake_score_updates=config.fake_score.updates_per_step,
+            lora_rank=fake.lora_rank,
+            fake_score_updates=fake.updates_per_step,
+            fake_score_weight_decay=fake.weight_decay,
+            fake_base=self._fake_base,
+            fake_camera=fake.camera,
+            fake_law=FakeScoreLaw(
+                weighting=fake.weighting,
+                noise_range=fake.noise_range,
+                camera_dropout=fake.camera_dropout,
+                reads_view=fake.view_prompts,
+            ),
+            perp_neg=config.guidance.perp_neg,
             discriminator_learning_rate=config.discriminator.learning_rate,
             discriminator_updates=config.discriminator.updates_per_step,
             max_log_ratio=config.discriminator.max_log_ratio,
@@ -156,16 +193,13 @@ class SceneOptimiser:
         student = losses.student + sum(regularisation.values(), torch.zeros((), device=self.device))
         if self._is_warming_up:  # the field waits, and with it the terms that would shrink it
             student = student.detach()
-        values = {
-            **{name: float(value) for name, value in losses.statistics.items()},
-            **{name: float(value.detach()) for name, value in regularisation.items()},
-            "opacity": float(output.opacity.detach().mean()),
-        }
         applied = self._move_field(student)
-        applied &= self.distiller.train(losses, again=lambda: self._critic_losses(view))
+        self.distiller.set_fake_score_learning_rate(self._value(config.fake_score.learning_rate))
+        applied = applied & self.distiller.train(losses, again=lambda: self._critic_losses(view))
         self.step_index += 1
         self._follow_schedules()
-        return StepReport(values, applied)
+        figures = losses.statistics | regularisation | {"opacity": output.opacity.mean()}
+        return StepReport(figures, applied)
 
     def _follow_schedules(self) -> None:
         """Set what of the field changes over the run and is not trained; whenever `step_index` changes."""
@@ -199,7 +233,7 @@ class SceneOptimiser:
             "guidance_scale": self._value(guidance.guidance_scale),
         }
 
-    def _move_field(self, student: Tensor) -> bool:
+    def _move_field(self, student: Tensor) -> Tensor:
         config = self.config
         rates = {
             "density": self._value(config.optimiser.density_learning_rate),
@@ -316,10 +350,25 @@ def choose_backends(config: TextTo3DConfig, device: torch.device) -> tuple[Chose
     return renderer, encoding
 
 
+def _check_groups(config: TextTo3DConfig, views_per_group: int) -> None:
+    """Raise ConfigError unless views and samples make whole groups of a multi-view teacher."""
+    for key, number in (
+        ("guidance.views_per_step", config.guidance.views_per_step),
+        ("discriminator.num_real_samples", config.discriminator.num_real_samples),
+    ):
+        if number % views_per_group:
+            raise ConfigError(
+                f"{key} is {number}, but the teacher sees {views_per_group} views together; expected a "
+                f"multiple of {views_per_group}"
+            )
+
+
 def resolve_recipe(config: TextTo3DConfig) -> recipes.Recipe:
     """The recipe that `config` names; ConfigError if its parts do not fit or it needs more than a prompt."""
     overrides: dict[str, Any] = {}
     divergence = config.divergence
+    if not (config.guidance.jac_teacher and config.guidance.jac_fake):
+        overrides |= {"jac_teacher": config.guidance.jac_teacher, "jac_fake": config.guidance.jac_fake}
     if config.method.replace("_", "-") == "uni-instruct":
         overrides["variant"] = config.guidance.variant
         overrides["adversarial_weight"] = config.guidance.adversarial_weight

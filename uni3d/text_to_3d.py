@@ -30,7 +30,8 @@ import uni3d
 from uni3d.config import TextTo3DConfig
 from uni3d.config_loader import config_to_dict, config_to_yaml, load_config
 from uni3d.data.captions import read_vocabulary, unknown_prompt_warning
-from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
+from uni3d.diffusion.acceleration import accelerate
+from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import Interrupted, Uni3DError, UsageError
 from uni3d.mesh.export import write_mesh
 from uni3d.mesh.extraction import extract_surface
@@ -345,11 +346,12 @@ def generate(config: TextTo3DConfig, *, watch: RunWatch | None = None) -> Genera
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         teacher, warning = _load_teacher(config, device)
+        fake_base = _load_fake_base(config, device)
     with _open_run(config) as run, StopFlag() as stop:
         logger.info("device: %s (%s), %s, %s", device, reason, renderer, encoding)
         if warning:
             logger.warning("%s", warning)
-        optimiser = SceneOptimiser(config, teacher)
+        optimiser = SceneOptimiser(config, teacher, fake_base=fake_base)
         try:
             _optimise(optimiser, run, seconds, stop, watch or RunWatch())
             mesh, figures, mesh_seconds = build_mesh(optimiser)
@@ -387,11 +389,51 @@ def _open_run(config: TextTo3DConfig) -> RunDirectory:
 def _load_teacher(config: TextTo3DConfig, device: str) -> tuple[LatentDiffusionTeacher, str | None]:
     """The teacher, and what to say about a prompt with words that it does not know."""
     source = weights_folder("teacher") if config.teacher == EMBEDDED else config.teacher
-    teacher = LatentDiffusionTeacher.from_pretrained(source, device=device)
+    teacher = LatentDiffusionTeacher.from_pretrained(
+        source,
+        device=device,
+        dtype=_network_dtype(config, config.teacher, device),
+        image_size=config.networks.image_size,
+        lora=config.teacher_lora,
+        lora_scale=config.teacher_lora_scale,
+    )
+    _set_up_networks(config, teacher)
     file = Path(source) / "vocabulary.json"
     if not file.is_file():  # Stable Diffusion, which knows most things
         return teacher, None
     return teacher, unknown_prompt_warning(config.prompt, read_vocabulary(file))
+
+
+def _load_fake_base(config: TextTo3DConfig, device: str) -> LatentDiffusionTeacher | None:
+    """The model that carries the fake score, where it is not the teacher."""
+    base = config.fake_score.base
+    if base is None or not resolve_recipe(config).needs_fake_score:
+        return None
+    teacher = LatentDiffusionTeacher.from_pretrained(
+        weights_folder("teacher") if base == EMBEDDED else base,
+        device=device,
+        dtype=_network_dtype(config, base, device),
+        image_size=config.networks.image_size,
+    )
+    _set_up_networks(config, teacher)
+    return teacher
+
+
+def _network_dtype(config: TextTo3DConfig, teacher: str, device: str) -> torch.dtype:
+    if config.networks.dtype == "auto":
+        is_large = teacher != EMBEDDED and torch.device(device).type == "cuda"
+        return torch.bfloat16 if is_large else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+        config.networks.dtype
+    ]
+
+
+def _set_up_networks(config: TextTo3DConfig, teacher: LatentDiffusionTeacher) -> None:
+    if config.networks.vae_slicing:
+        teacher.vae.enable_slicing()
+    if config.networks.vae_tiling:
+        teacher.vae.enable_tiling()
+    logger.info("networks of teacher '%s': %s", teacher.name, accelerate(teacher, config.networks.compile))
 
 
 def _optimise(

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from uni3d.diffusion.discriminator import DiscriminatorHead
-from uni3d.diffusion.lora_score import LoRAFakeScore
+from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
+from uni3d.diffusion.lora_score import CameraInput, LoRAFakeScore, check_fake_base
 from uni3d.diffusion.prompt import PromptContexts
-from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.losses.discriminator import RatioNormaliser
 from uni3d.losses.recipes import Recipe
 from uni3d.training.descent import descend
+from uni3d.training.fake_score_law import SHARED_LAW, FakeScoreLaw
 from uni3d.training.guidance import GuidanceLosses, RealLatents, ScoreDistillation
 
 MAX_CRITIC_GRADIENT_NORM = 1.0
@@ -39,6 +40,11 @@ class Distiller:
         fake_score_learning_rate, discriminator_learning_rate: of their AdamW.
         fake_score_updates, discriminator_updates: of each for one step of the student.
         max_log_ratio: bound on the absolute log density ratio.
+        fake_base: another model whose network carries the fake score; None: the teacher's own.
+        fake_camera: how the fake score is told the camera, see `LoRAFakeScore`.
+        fake_law: how it is trained.
+        fake_score_weight_decay: of its AdamW.
+        perp_neg: see `ScoreDistillation`.
         generator: CPU generator of initial weights, teacher samples and noise; shared with the caller, and
             its state is the caller's to save.
 
@@ -57,21 +63,35 @@ class Distiller:
         discriminator_learning_rate: float = 1e-3,
         discriminator_updates: int = 1,
         max_log_ratio: float = 5.0,
+        fake_base: LatentDiffusionTeacher | None = None,
+        fake_camera: CameraInput = "conditioning",
+        fake_law: FakeScoreLaw = SHARED_LAW,
+        fake_score_weight_decay: float = 0.0,
+        perp_neg: float = 0.0,
         generator: torch.Generator,
     ) -> None:
         self.teacher = teacher
         self.contexts = contexts
         self.recipe = recipe
         self.max_log_ratio = max_log_ratio
+        self.fake_law = fake_law
+        self.perp_neg = perp_neg
         self.generator = generator
         self.fake_score_updates = fake_score_updates
         self.discriminator_updates = discriminator_updates
         self.fake_score: LoRAFakeScore | None = None
         self.fake_optimiser: torch.optim.Optimizer | None = None
         if recipe.needs_fake_score:
-            self.fake_score = LoRAFakeScore(teacher, rank=lora_rank, generator=generator)
+            if fake_base is not None:
+                check_fake_base(teacher, fake_base)
+            self.fake_score = LoRAFakeScore(
+                fake_base or teacher, rank=lora_rank, camera_input=fake_camera, generator=generator
+            )
             self.fake_optimiser = torch.optim.AdamW(
-                self.fake_score.parameters(), lr=fake_score_learning_rate, weight_decay=0.0, fused=True
+                self.fake_score.parameters(),
+                lr=fake_score_learning_rate,
+                weight_decay=fake_score_weight_decay,
+                fused=True,
             )
         self._discriminator_learning_rate = discriminator_learning_rate
         self.discriminator: DiscriminatorHead | None = None
@@ -133,6 +153,8 @@ class Distiller:
             normaliser=self.normaliser,
             real_latents=self.real_latents,
             max_log_ratio=self.max_log_ratio,
+            fake_law=self.fake_law,
+            perp_neg=self.perp_neg,
         )
 
     def losses(
@@ -157,33 +179,40 @@ class Distiller:
             train_student=train_student,
         )
 
-    def train(self, losses: GuidanceLosses, *, again: Callable[[], GuidanceLosses]) -> bool:
+    def set_fake_score_learning_rate(self, rate: float) -> None:
+        """Follow a schedule; before `train`."""
+        if self.fake_optimiser is not None:
+            for group in self.fake_optimiser.param_groups:
+                group["lr"] = rate
+
+    def train(self, losses: GuidanceLosses, *, again: Callable[[], GuidanceLosses]) -> Tensor:
         """Let the fake score and the discriminator take their steps on what the student made.
 
         Args:
             losses: of this step; they serve the first update of each.
             again: gives `losses` of the same images at fresh noise, for every update beyond the first.
 
-        Returns False if one of the updates was not finite; such an update moves nothing.
+        Returns a bool scalar on the device, false if one of the updates was not finite; such an update moves
+        nothing.
         """
         num_fake = self.fake_score_updates if self.fake_score is not None else 0
         num_discriminator = self.discriminator_updates if self.discriminator is not None else 0
-        is_finite = True
+        is_finite = torch.ones((), dtype=torch.bool, device=self.teacher.device)
         for index in range(max(num_fake, num_discriminator)):
             current = losses if index == 0 else again()
             if index < num_fake:
-                is_finite &= self._train_fake_score(current)
+                is_finite = is_finite & self._train_fake_score(current)
             if index < num_discriminator:
-                is_finite &= self._train_discriminator(current)
+                is_finite = is_finite & self._train_discriminator(current)
         return is_finite
 
-    def _train_fake_score(self, losses: GuidanceLosses) -> bool:
+    def _train_fake_score(self, losses: GuidanceLosses) -> Tensor:
         assert self.fake_score is not None and self.fake_optimiser is not None
         assert losses.fake_score is not None
         parameters = self.fake_score.parameters()
         return descend(losses.fake_score, self.fake_optimiser, parameters, MAX_CRITIC_GRADIENT_NORM)
 
-    def _train_discriminator(self, losses: GuidanceLosses) -> bool:
+    def _train_discriminator(self, losses: GuidanceLosses) -> Tensor:
         assert self.discriminator is not None and self.discriminator_optimiser is not None
         assert losses.discriminator is not None
         parameters = list(self.discriminator.parameters())

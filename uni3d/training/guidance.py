@@ -4,9 +4,9 @@
            -> uni3d.losses -> a loss for the student, one for the fake score, one for the discriminator
 
 Who makes the images is not known here; nothing is optimised here either. The fake score's pass is shared: its
-output serves the student's gradient (detached) and its own denoising score matching loss, which is
-unbiased because
-the fake score moves only after both.
+output serves the student's gradient and its own denoising score matching loss, which is unbiased because the
+fake score moves only after both. The student's gradient is taken down to the latents at once and carried on
+from there, so that of a pass that both share each gets its own part.
 Legend: B views, C H W latent channels and pixels.
 """
 
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from uni3d.diffusion.discriminator import DiscriminatorHead
+from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.diffusion.lora_score import LoRAFakeScore
 from uni3d.diffusion.prompt import VIEW_WORDS, PromptContexts
-from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.losses import recipes
 from uni3d.losses.discriminator import RatioNormaliser, discriminator_loss, log_ratio_from_logits
 from uni3d.losses.fake_score import denoising_loss
+from uni3d.training.fake_score_law import SHARED_LAW, FakeScoreLaw
 
 # Adam does not feel it; it sets the loss against the regularisers' weights.
 STUDENT_SCALE = 0.1
@@ -95,12 +96,17 @@ class RealLatents:
         view_index = torch.tensor([VIEW_WORDS.index(word) for word in view_words])
         return cls(torch.cat(drawn), view_index, conditioning)
 
-    def pick(self, view_words: Sequence[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def pick(
+        self, view_words: Sequence[str], generator: torch.Generator, *, views_per_group: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """For each view a random real latent of the same view word: latents [B, C, H, W], conditioning [B,
         K].
 
-        A view word without samples takes any.
+        A view word without samples takes any. Of a group of views denoised together all come from one group
+        of samples, whatever their words.
         """
+        if views_per_group > 1:
+            return self._pick_groups(len(view_words) // views_per_group, views_per_group, generator)
         chosen = []
         for word in view_words:
             candidates = torch.nonzero(self.view_index == VIEW_WORDS.index(word))[:, 0]
@@ -111,6 +117,14 @@ class RealLatents:
         return self.latents[index.to(self.latents.device)], self.conditioning[
             index.to(self.conditioning.device)
         ]
+
+    def _pick_groups(self, num: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        groups = torch.randint(len(self.latents) // size, (num,), generator=generator)
+        index = (groups[:, None] * size + torch.arange(size)).flatten()
+        return (
+            self.latents[index.to(self.latents.device)],
+            self.conditioning[index.to(self.conditioning.device)],
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors to save."""
@@ -126,6 +140,8 @@ class ScoreDistillation:
         discriminator, real_latents: needed when the recipe weighs by the density ratio or adds a GAN term.
         normaliser: keeps the mean ratio at 1 in each noise bin; None leaves the ratio as the logit says.
         max_log_ratio: bound on the absolute log ratio.
+        fake_law: how the fake score is trained.
+        perp_neg: how strongly guidance keeps away from the prompt's other views (Perp-Neg); 0 leaves it out.
     """
 
     def __init__(
@@ -139,6 +155,8 @@ class ScoreDistillation:
         normaliser: RatioNormaliser | None = None,
         real_latents: RealLatents | None = None,
         max_log_ratio: float = 5.0,
+        fake_law: FakeScoreLaw = SHARED_LAW,
+        perp_neg: float = 0.0,
     ) -> None:
         if recipe.needs_fake_score and fake_score is None:
             raise ValueError(f"recipe '{recipe.name}' trains a fake score; pass fake_score")
@@ -154,6 +172,8 @@ class ScoreDistillation:
         self.normaliser = normaliser if recipe.needs_discriminator else None
         self.real_latents = real_latents
         self.max_log_ratio = max_log_ratio
+        self.fake_law = fake_law
+        self.perp_neg = perp_neg
 
     def losses(
         self,
@@ -173,7 +193,8 @@ class ScoreDistillation:
             generator: CPU generator of timesteps and noise.
             train_student: False computes the fake score's and the discriminator's losses only.
         """
-        x0 = self.teacher.encode_images(images) if train_student else self._encode_frozen(images)
+        encoded = self.teacher.encode_images(images) if train_student else self._encode_frozen(images)
+        x0 = encoded.detach().requires_grad_(train_student)
         sigma = self._draw_sigma(noise_range, x0.shape[0], generator).to(x0.device)
         eps = torch.randn(x0.shape, generator=generator).to(x0)
         context = self.contexts.conditional(view_words, conditioning)
@@ -183,13 +204,20 @@ class ScoreDistillation:
         )
         x = (x0 if through_networks else x0.detach()) + sigma[:, None, None, None] * eps
 
-        with (
-            torch.set_grad_enabled(through_networks and self.recipe.needs_teacher_jacobian),
-            self.teacher.recorded_middle() as recorded,
-        ):
-            guided_x0, _ = self.teacher.predict_guided_x0(x, sigma, context, negative, guidance_scale)
-        features = recorded[0][: x.shape[0]]
-        fake_x0, fake_loss = self._fake_score(x, x0, sigma, context, conditioning, through_networks)
+        with torch.set_grad_enabled(through_networks and self.recipe.needs_teacher_jacobian):
+            guided = self.teacher.predict_guided_x0(
+                x,
+                sigma,
+                context,
+                negative,
+                guidance_scale,
+                repelled=self.contexts.repelled(view_words, self.perp_neg) if self.perp_neg > 0 else (),
+                needs_negative=self.recipe.needs_negative,
+            )
+        guided_x0, features = guided.x0, guided.middle
+        fake_x0, fake_loss = self._fake_score(
+            x, x0, sigma, context, conditioning, through_networks, generator
+        )
         log_ratio, adversarial_logits = self._ratio(features, x0, sigma, eps, context, train_student)
         statistics = {"sigma": sigma.mean().detach()}
         if log_ratio is not None:
@@ -203,10 +231,11 @@ class ScoreDistillation:
                 x0=x0,
                 sigma=sigma,
                 teacher_x0=guided_x0,
-                fake_x0=fake_x0,
+                fake_x0=guided.negative if self.recipe.needs_negative else fake_x0,
                 log_ratio=log_ratio,
                 adversarial_logits=adversarial_logits,
             )
+            per_sample = _carried_on(per_sample, x0, encoded)
             student = STUDENT_SCALE * per_sample.mean()
             statistics["student_loss"] = student.detach()
         else:
@@ -225,8 +254,10 @@ class ScoreDistillation:
     def _draw_sigma(self, noise_range: tuple[float, float], num: int, generator: torch.Generator) -> Tensor:
         last = self.teacher.schedule.num_timesteps - 1
         low, high = noise_range
-        fraction = low + (high - low) * torch.rand(num, generator=generator)
-        return self.teacher.schedule.sigma((fraction * last).to(self.teacher.device))
+        group = self.teacher.views_per_group
+        fraction = low + (high - low) * torch.rand(num // group, generator=generator)
+        timestep = (fraction * last).to(self.teacher.device)
+        return self.teacher.schedule.sigma(timestep).repeat_interleave(group)
 
     def _fake_score(
         self,
@@ -236,16 +267,38 @@ class ScoreDistillation:
         context: Tensor,
         conditioning: Tensor,
         through_networks: bool,
+        generator: torch.Generator,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The fake x0-prediction for the student (None for a Dirac student) and the fake score's own loss."""
+        """The fake x0-prediction for the student (None where none is trained) and the fake score's own loss,
+        of the same pass unless the law of its training is another."""
         if self.fake_score is None:
             return None, None
-        trained = self.fake_score.predict_x0(x.detach(), sigma, context, conditioning)
-        loss = denoising_loss(trained, x0.detach(), sigma, weighting="v").mean()
-        if not (through_networks and self.recipe.needs_fake_jacobian):
-            return trained.detach(), loss
-        attached = self.fake_score.predict_x0(x, sigma, context, conditioning)
-        return attached, loss
+        if not self.fake_law.reads_view:
+            context = self.contexts.without_view(conditioning)
+        is_attached = through_networks and self.recipe.needs_fake_jacobian
+        if not self.fake_law.is_shared:
+            with torch.set_grad_enabled(is_attached):
+                prediction = self.fake_score.predict_x0(x, sigma, context, conditioning)
+            return prediction, self._separate_fake_loss(x0.detach(), context, conditioning, generator)
+        prediction = self.fake_score.predict_x0(
+            x if is_attached else x.detach(), sigma, context, conditioning
+        )
+        loss = denoising_loss(prediction, x0, sigma, weighting=self.fake_law.weighting).mean()
+        return (prediction if is_attached else prediction.detach()), loss
+
+    def _separate_fake_loss(
+        self, x0: Tensor, context: Tensor, conditioning: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The fake score's loss at its own noise level, fresh noise, and now and then without the camera."""
+        assert self.fake_score is not None
+        law = self.fake_law
+        sigma = self._draw_sigma(law.noise_range or (0.0, 1.0), x0.shape[0], generator).to(x0.device)
+        eps = torch.randn(x0.shape, generator=generator).to(x0)
+        is_known = (torch.rand(x0.shape[0], generator=generator) >= law.camera_dropout).to(x0.device)
+        prediction = self.fake_score.predict_x0(
+            x0 + sigma[:, None, None, None] * eps, sigma, context, conditioning, knows_camera=is_known
+        )
+        return denoising_loss(prediction, x0, sigma, weighting=law.weighting).mean()
 
     def _ratio(
         self, features: Tensor, x0: Tensor, sigma: Tensor, eps: Tensor, context: Tensor, train_student: bool
@@ -255,7 +308,8 @@ class ScoreDistillation:
         if self.discriminator is None:
             return None, None
         adversarial = train_student and self.recipe.adversarial_weight > 0
-        if adversarial and not features.requires_grad:
+        is_attached = adversarial or (train_student and self.recipe.needs_ratio_gradient)
+        if is_attached and not features.requires_grad:
             features = self.teacher.middle_features(x0 + sigma[:, None, None, None] * eps, sigma, context)
         with _frozen(self.discriminator):
             logits = self.discriminator(features, sigma)
@@ -269,7 +323,9 @@ class ScoreDistillation:
     ) -> Tensor | None:
         if self.discriminator is None or self.real_latents is None:
             return None
-        real, conditioning = self.real_latents.pick(view_words, generator)
+        real, conditioning = self.real_latents.pick(
+            view_words, generator, views_per_group=self.teacher.views_per_group
+        )
         noise = torch.randn(real.shape, generator=generator).to(real)
         context = self.contexts.conditional(view_words, conditioning)
         with torch.no_grad():
@@ -279,6 +335,16 @@ class ScoreDistillation:
         logits = self.discriminator(torch.cat([real_features, rendered_features]), torch.cat([sigma, sigma]))
         real_logits, rendered_logits = logits.chunk(2)
         return discriminator_loss(real_logits, rendered_logits).mean()
+
+
+def _carried_on(per_sample: Tensor, latents: Tensor, encoded: Tensor) -> Tensor:
+    """Losses [B] whose gradient goes on from the cut `latents` to the images that were `encoded` to them.
+
+    The graph behind `latents` stays for who shares a part of it.
+    """
+    (gradient,) = torch.autograd.grad(per_sample.sum(), latents, retain_graph=True)
+    # x - sg(x) is zero with derivative one.
+    return per_sample.detach() + (gradient * (encoded - encoded.detach())).flatten(1).sum(dim=1)
 
 
 @contextmanager
