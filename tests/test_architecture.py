@@ -84,7 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 # May import everything but the command line.
-PROGRAMS = ("text_to_3d", "scene_optimiser")
+PROGRAMS = ("text_to_3d", "scene_optimiser", "step_benchmark", "threestudio_step", "random_teacher")
 # Import at the top only plain modules; what they run is imported inside functions.
 COMMANDS = (
     "commands",
