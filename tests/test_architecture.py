@@ -84,7 +84,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 # May import everything but the command line.
-PROGRAMS = ("text_to_3d", "scene_optimiser", "step_benchmark", "threestudio_step", "random_teacher")
+PROGRAMS = (
+    "text_to_3d",
+    "scene_optimiser",
+    "network_setup",
+    "step_benchmark",
+    "threestudio_step",
+    "random_teacher",
+)
 # Import at the top only plain modules; what they run is imported inside functions.
 COMMANDS = (
     "commands",

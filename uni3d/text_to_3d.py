@@ -30,7 +30,6 @@ import uni3d
 from uni3d.config import TextTo3DConfig
 from uni3d.config_loader import config_to_dict, config_to_yaml, load_config
 from uni3d.data.captions import read_vocabulary, unknown_prompt_warning
-from uni3d.diffusion.acceleration import accelerate
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import Interrupted, Uni3DError, UsageError
 from uni3d.mesh.export import write_mesh
@@ -39,6 +38,7 @@ from uni3d.mesh.report import compare_with_field, mesh_report
 from uni3d.mesh.texture import bake_texture
 from uni3d.mesh.textured_mesh import TexturedMesh
 from uni3d.mesh.turntable import render_mesh, write_preview, write_turntable
+from uni3d.network_setup import EMBEDDED, load_fake_base, load_teacher
 from uni3d.outputs import check_output_file
 from uni3d.presets import quality_preset
 from uni3d.prompts import check_prompt, prompt_slug
@@ -52,8 +52,14 @@ from uni3d.training.stop import StopFlag
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = "embedded"
 COMPARISON_SIZE = 128
+# Settings that may differ between the runs that share checkpoints.
+_HOW_IT_IS_COMPUTED = (
+    ("renderer", "backend"),
+    ("renderer", "max_samples"),
+    ("field", "encoding_backend"),
+    ("networks", "compile"),
+)
 COMPARISON_VIEWS = 8
 NEUTRAL_GREY = 0.5
 
@@ -346,7 +352,7 @@ def generate(config: TextTo3DConfig, *, watch: RunWatch | None = None) -> Genera
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         teacher, warning = _load_teacher(config, device)
-        fake_base = _load_fake_base(config, device)
+        fake_base = load_fake_base(config, device)
     with _open_run(config) as run, StopFlag() as stop:
         logger.info("device: %s (%s), %s, %s", device, reason, renderer, encoding)
         if warning:
@@ -388,52 +394,12 @@ def _open_run(config: TextTo3DConfig) -> RunDirectory:
 
 def _load_teacher(config: TextTo3DConfig, device: str) -> tuple[LatentDiffusionTeacher, str | None]:
     """The teacher, and what to say about a prompt with words that it does not know."""
-    source = weights_folder("teacher") if config.teacher == EMBEDDED else config.teacher
-    teacher = LatentDiffusionTeacher.from_pretrained(
-        source,
-        device=device,
-        dtype=_network_dtype(config, config.teacher, device),
-        image_size=config.networks.image_size,
-        lora=config.teacher_lora,
-        lora_scale=config.teacher_lora_scale,
-    )
-    _set_up_networks(config, teacher)
+    teacher = load_teacher(config, device)
+    source = teacher.name
     file = Path(source) / "vocabulary.json"
     if not file.is_file():  # Stable Diffusion, which knows most things
         return teacher, None
     return teacher, unknown_prompt_warning(config.prompt, read_vocabulary(file))
-
-
-def _load_fake_base(config: TextTo3DConfig, device: str) -> LatentDiffusionTeacher | None:
-    """The model that carries the fake score, where it is not the teacher."""
-    base = config.fake_score.base
-    if base is None or not resolve_recipe(config).needs_fake_score:
-        return None
-    teacher = LatentDiffusionTeacher.from_pretrained(
-        weights_folder("teacher") if base == EMBEDDED else base,
-        device=device,
-        dtype=_network_dtype(config, base, device),
-        image_size=config.networks.image_size,
-    )
-    _set_up_networks(config, teacher)
-    return teacher
-
-
-def _network_dtype(config: TextTo3DConfig, teacher: str, device: str) -> torch.dtype:
-    if config.networks.dtype == "auto":
-        is_large = teacher != EMBEDDED and torch.device(device).type == "cuda"
-        return torch.bfloat16 if is_large else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
-        config.networks.dtype
-    ]
-
-
-def _set_up_networks(config: TextTo3DConfig, teacher: LatentDiffusionTeacher) -> None:
-    if config.networks.vae_slicing:
-        teacher.vae.enable_slicing()
-    if config.networks.vae_tiling:
-        teacher.vae.enable_tiling()
-    logger.info("networks of teacher '%s': %s", teacher.name, accelerate(teacher, config.networks.compile))
 
 
 def _optimise(
@@ -576,6 +542,6 @@ def _fingerprint(config: TextTo3DConfig) -> dict[str, Any]:
         "mesh",
     )
     kept = {key: value for key, value in config_to_dict(config).items() if key not in ignored}
-    for group, key in (("renderer", "backend"), ("renderer", "max_samples"), ("field", "encoding_backend")):
+    for group, key in _HOW_IT_IS_COMPUTED:
         kept[group] = {name: value for name, value in kept[group].items() if name != key}
     return kept
