@@ -16,15 +16,17 @@ MAX_LINES = 600
 # Light modules without torch that any room but `losses` may use.
 PLAIN = {"errors", "resources"}
 ATOMIC_WRITE = {"training.checkpoint"}
+# Torch alone: what lets several scenes share one pass.
+STACKS = {"random_streams", "parameter_stack"}
 
 # Room or module -> what of uni3d it may import, "losses" standing for everything below uni3d.losses.
 MAY_IMPORT: dict[str, set[str]] = {
     "losses": set(),
-    "diffusion": {"losses.noise_schedule", *PLAIN, *ATOMIC_WRITE},
-    "scene": {*PLAIN, *ATOMIC_WRITE},
+    "diffusion": {"losses.noise_schedule", *STACKS, *PLAIN, *ATOMIC_WRITE},
+    "scene": {*STACKS, *PLAIN, *ATOMIC_WRITE},
     "mesh": {"scene", "outputs", *PLAIN, *ATOMIC_WRITE},
     "data": {"scene.camera", "mesh.raycaster", "mesh.renderable", *PLAIN, *ATOMIC_WRITE},
-    "training": {"losses", "diffusion", *PLAIN},
+    "training": {"losses", "diffusion", *STACKS, *PLAIN},
     "evaluation": {
         "data",
         "mesh",
@@ -70,6 +72,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *PLAIN,
     },
     # The plain layer: settings and checks, standard library and YAML only.
+    "random_streams": set(),
+    "parameter_stack": set(),
     "errors": set(),
     "config_values": {"errors"},
     "config": {"config_values", "errors"},
@@ -77,6 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resources": {"errors"},
     "prompts": {"errors"},
     "outputs": {"errors"},
+    "scene_requests": {"outputs", "prompts", "errors"},
     "presets": {"config", "config_loader", "resources"},
     # The command line: programs and rooms only inside command functions.
     "cli": {"config_values", "errors"},
@@ -84,10 +89,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 # May import everything but the command line.
-PROGRAMS = ("text_to_3d", "scene_optimiser")
+PROGRAMS = ("text_to_3d", "scene_optimiser", "scene_batch", "many_scenes")
 # Import at the top only plain modules; what they run is imported inside functions.
 COMMANDS = (
     "commands",
+    "batch_commands",
     "dataset_commands",
     "edm_commands",
     "image_commands",
@@ -98,6 +104,7 @@ COMMANDS = (
     "cli_parsing",
 )
 PLAIN_LAYER = {
+    "batch_commands",
     "cli",
     "cli_parsing",
     "config",
@@ -108,6 +115,7 @@ PLAIN_LAYER = {
     "presets",
     "prompts",
     "resources",
+    "scene_requests",
     "teacher.settings",
     "evaluation.settings",
     "distillation.settings",
@@ -121,6 +129,7 @@ WITHOUT_TORCH = (
     "prompts",
     "outputs",
     "presets",
+    "scene_requests",
 )
 
 

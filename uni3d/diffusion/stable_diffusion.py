@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from uni3d.diffusion.camera_token import CameraToken
 from uni3d.errors import MissingWeightsError, UsageError
 from uni3d.losses.noise_schedule import DiscreteVPSchedule, vp_from_ve, x0_from_prediction
+from uni3d.random_streams import Streams, normal
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +256,7 @@ class LatentDiffusionTeacher:
         *,
         guidance_scale: float,
         num_steps: int,
-        generator: torch.Generator | None = None,
+        generator: Streams | None = None,
         before_step: Callable[[], object] | None = None,
     ) -> Tensor:
         """Draw latents [B, C, H, W] for `context` [B, L, E] by deterministic DDIM steps in sigma (Song et
@@ -264,7 +265,7 @@ class LatentDiffusionTeacher:
         last = self.schedule.num_timesteps - 1
         timesteps = torch.linspace(last, 0, num_steps + 1)[:-1].to(self.device)
         sigmas = torch.cat([self.schedule.sigma(timesteps), torch.zeros(1, device=self.device)])
-        noise = torch.randn(shape, generator=generator).to(self.device)
+        noise = normal(shape, generator).to(self.device)
         x = noise * torch.sqrt(1 + sigmas[0] ** 2)
         for current, following in zip(sigmas[:-1], sigmas[1:], strict=True):
             if before_step is not None:

@@ -7,7 +7,9 @@ Who makes the images is not known here; nothing is optimised here either. The fa
 output serves the student's gradient (detached) and its own denoising score matching loss, which is
 unbiased because
 the fake score moves only after both.
-Legend: B views, C H W latent channels and pixels.
+Several scenes can share a step (`num_scenes`): their views come scene by scene, each scene draws from its own
+generator, and every loss is a mean over one scene's views.
+Legend: B views, S scenes, C H W latent channels and pixels.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.losses import recipes
 from uni3d.losses.discriminator import RatioNormaliser, discriminator_loss, log_ratio_from_logits
 from uni3d.losses.fake_score import denoising_loss
+from uni3d.random_streams import Streams, normal, uniform
 
 # Adam does not feel it; it sets the loss against the regularisers' weights.
 STUDENT_SCALE = 0.1
@@ -34,7 +37,7 @@ STUDENT_SCALE = 0.1
 @dataclass
 class GuidanceLosses:
     """What one step asks for; each loss is a scalar to call `backward` on, or None when that part has no
-    work.
+    work. For several scenes every tensor is [S], one number for each.
 
     Attributes:
         student: gradient flows to the images only.
@@ -71,7 +74,7 @@ class RealLatents:
         *,
         guidance_scale: float,
         num_steps: int,
-        generator: torch.Generator,
+        generator: Streams,
         batch_size: int = 8,
         before_step: Callable[[], object] | None = None,
     ) -> RealLatents:
@@ -95,22 +98,27 @@ class RealLatents:
         view_index = torch.tensor([VIEW_WORDS.index(word) for word in view_words])
         return cls(torch.cat(drawn), view_index, conditioning)
 
-    def pick(self, view_words: Sequence[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def pick(self, view_words: Sequence[str], generator: Streams) -> tuple[Tensor, Tensor]:
         """For each view a random real latent of the same view word: latents [B, C, H, W], conditioning [B,
         K].
 
         A view word without samples takes any.
         """
+        assert isinstance(generator, torch.Generator)
+        index = self.choose(view_words, generator)
+        return self.latents[index.to(self.latents.device)], self.conditioning[
+            index.to(self.conditioning.device)
+        ]
+
+    def choose(self, view_words: Sequence[str], generator: torch.Generator) -> Tensor:
+        """The rows that `pick` takes, int64 [B] on the CPU."""
         chosen = []
         for word in view_words:
             candidates = torch.nonzero(self.view_index == VIEW_WORDS.index(word))[:, 0]
             if len(candidates) == 0:
                 candidates = torch.arange(len(self.view_index))
             chosen.append(candidates[torch.randint(len(candidates), (1,), generator=generator)])
-        index = torch.cat(chosen)
-        return self.latents[index.to(self.latents.device)], self.conditioning[
-            index.to(self.conditioning.device)
-        ]
+        return torch.cat(chosen)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors to save."""
@@ -126,6 +134,8 @@ class ScoreDistillation:
         discriminator, real_latents: needed when the recipe weighs by the density ratio or adds a GAN term.
         normaliser: keeps the mean ratio at 1 in each noise bin; None leaves the ratio as the logit says.
         max_log_ratio: bound on the absolute log ratio.
+        num_scenes: how many scenes the views of a batch belong to, in equal runs; with more than one, the
+            other parts are those of several scenes as well (`uni3d.training.distiller_stack`).
     """
 
     def __init__(
@@ -139,6 +149,7 @@ class ScoreDistillation:
         normaliser: RatioNormaliser | None = None,
         real_latents: RealLatents | None = None,
         max_log_ratio: float = 5.0,
+        num_scenes: int = 1,
     ) -> None:
         if recipe.needs_fake_score and fake_score is None:
             raise ValueError(f"recipe '{recipe.name}' trains a fake score; pass fake_score")
@@ -154,6 +165,7 @@ class ScoreDistillation:
         self.normaliser = normaliser if recipe.needs_discriminator else None
         self.real_latents = real_latents
         self.max_log_ratio = max_log_ratio
+        self.num_scenes = num_scenes
 
     def losses(
         self,
@@ -163,19 +175,19 @@ class ScoreDistillation:
         *,
         noise_range: tuple[float, float],
         guidance_scale: float,
-        generator: torch.Generator,
+        generator: Streams,
         train_student: bool = True,
     ) -> GuidanceLosses:
         """All losses of one step for `images` [B, 3, H, W] in [0, 1] seen by cameras `conditioning` [B, K].
 
         Args:
             noise_range: smallest and largest noise level, as fractions of the teacher's timesteps.
-            generator: CPU generator of timesteps and noise.
+            generator: CPU generator of timesteps and noise; for several scenes one for each.
             train_student: False computes the fake score's and the discriminator's losses only.
         """
         x0 = self.teacher.encode_images(images) if train_student else self._encode_frozen(images)
         sigma = self._draw_sigma(noise_range, x0.shape[0], generator).to(x0.device)
-        eps = torch.randn(x0.shape, generator=generator).to(x0)
+        eps = normal(x0.shape, generator).to(x0)
         context = self.contexts.conditional(view_words, conditioning)
         negative = self.contexts.unconditional(x0.shape[0])
         through_networks = train_student and (
@@ -191,9 +203,9 @@ class ScoreDistillation:
         features = recorded[0][: x.shape[0]]
         fake_x0, fake_loss = self._fake_score(x, x0, sigma, context, conditioning, through_networks)
         log_ratio, adversarial_logits = self._ratio(features, x0, sigma, eps, context, train_student)
-        statistics = {"sigma": sigma.mean().detach()}
+        statistics = {"sigma": self._mean(sigma).detach()}
         if log_ratio is not None:
-            statistics["log_ratio"] = log_ratio.mean().detach()
+            statistics["log_ratio"] = self._mean(log_ratio).detach()
         if fake_loss is not None:
             statistics["fake_score_loss"] = fake_loss.detach()
 
@@ -207,10 +219,10 @@ class ScoreDistillation:
                 log_ratio=log_ratio,
                 adversarial_logits=adversarial_logits,
             )
-            student = STUDENT_SCALE * per_sample.mean()
+            student = STUDENT_SCALE * self._mean(per_sample)
             statistics["student_loss"] = student.detach()
         else:
-            student = torch.zeros((), device=x0.device)
+            student = torch.zeros_like(statistics["sigma"])
         critic_loss = self._discriminator_loss(features.detach(), sigma, view_words, generator)
         if critic_loss is not None:
             statistics["discriminator_loss"] = critic_loss.detach()
@@ -218,14 +230,20 @@ class ScoreDistillation:
 
     # ------------------------------------------------------------------ parts
 
+    def _mean(self, per_sample: Tensor) -> Tensor:
+        """Mean of [B] over the views of each scene, [S]; a scalar for a single one."""
+        if self.num_scenes == 1:
+            return per_sample.mean()
+        return per_sample.view(self.num_scenes, -1).mean(dim=1)
+
     @torch.no_grad()
     def _encode_frozen(self, images: Tensor) -> Tensor:
         return self.teacher.encode_images(images)
 
-    def _draw_sigma(self, noise_range: tuple[float, float], num: int, generator: torch.Generator) -> Tensor:
+    def _draw_sigma(self, noise_range: tuple[float, float], num: int, generator: Streams) -> Tensor:
         last = self.teacher.schedule.num_timesteps - 1
         low, high = noise_range
-        fraction = low + (high - low) * torch.rand(num, generator=generator)
+        fraction = low + (high - low) * uniform((num,), generator)
         return self.teacher.schedule.sigma((fraction * last).to(self.teacher.device))
 
     def _fake_score(
@@ -241,7 +259,7 @@ class ScoreDistillation:
         if self.fake_score is None:
             return None, None
         trained = self.fake_score.predict_x0(x.detach(), sigma, context, conditioning)
-        loss = denoising_loss(trained, x0.detach(), sigma, weighting="v").mean()
+        loss = self._mean(denoising_loss(trained, x0.detach(), sigma, weighting="v"))
         if not (through_networks and self.recipe.needs_fake_jacobian):
             return trained.detach(), loss
         attached = self.fake_score.predict_x0(x, sigma, context, conditioning)
@@ -265,20 +283,21 @@ class ScoreDistillation:
         return log_ratio, (logits if adversarial else None)
 
     def _discriminator_loss(
-        self, rendered_features: Tensor, sigma: Tensor, view_words: Sequence[str], generator: torch.Generator
+        self, rendered_features: Tensor, sigma: Tensor, view_words: Sequence[str], generator: Streams
     ) -> Tensor | None:
         if self.discriminator is None or self.real_latents is None:
             return None
         real, conditioning = self.real_latents.pick(view_words, generator)
-        noise = torch.randn(real.shape, generator=generator).to(real)
+        noise = normal(real.shape, generator).to(real)
         context = self.contexts.conditional(view_words, conditioning)
         with torch.no_grad():
             real_features = self.teacher.middle_features(
                 real + sigma[:, None, None, None] * noise, sigma, context
             )
-        logits = self.discriminator(torch.cat([real_features, rendered_features]), torch.cat([sigma, sigma]))
-        real_logits, rendered_logits = logits.chunk(2)
-        return discriminator_loss(real_logits, rendered_logits).mean()
+        # In pairs, so that the rows stay scene by scene.
+        pairs = torch.stack([real_features, rendered_features], dim=1).flatten(0, 1)
+        logits = self.discriminator(pairs, sigma.repeat_interleave(2)).unflatten(0, (-1, 2))
+        return self._mean(discriminator_loss(logits[:, 0], logits[:, 1]))
 
 
 @contextmanager
