@@ -82,6 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prompts": {"errors"},
     "outputs": {"errors"},
     "scene_requests": {"outputs", "prompts", "errors"},
+    "memory": {"config", "config_values", "diffusion", "errors"},
     "presets": {"config", "config_loader", "resources"},
     # The command line: programs and rooms only inside command functions.
     "cli": {"config_values", "errors"},
@@ -89,7 +90,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 # May import everything but the command line.
-PROGRAMS = ("text_to_3d", "scene_optimiser", "scene_batch", "many_scenes")
+PROGRAMS = (
+    "text_to_3d",
+    "scene_optimiser",
+    "scene_batch",
+    "scene_meshes",
+    "many_scenes",
+    "particles",
+    "shared_run",
+    "memory_benchmark",
+)
 # Import at the top only plain modules; what they run is imported inside functions.
 COMMANDS = (
     "commands",

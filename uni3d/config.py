@@ -27,6 +27,7 @@ from uni3d.errors import ConfigError
 
 Quality = Literal["default", "draft"]
 MeshFormat = Literal["glb", "obj", "ply"]
+VRAM_PRESETS = (8, 12, 16, 24, 40)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +276,9 @@ class TextTo3DConfig:
     """Seed of every random choice."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."""
+    vram: int | None = None
+    """8, 12, 16, 24 or 40: fit the run into a GPU of so many gigabytes; none bounds nothing until memory runs
+    out."""
     teacher: str = "embedded"
     """embedded (comes with uni3d), a Stable Diffusion id of the hub, or a directory in that layout."""
     quality: Quality = "default"
@@ -309,6 +313,9 @@ class TextTo3DConfig:
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0, MAX_SEED)
         check_range("steps", self.steps, 1, 10_000_000)
+        if self.vram is not None and self.vram not in VRAM_PRESETS:
+            expected = ", ".join(map(str, VRAM_PRESETS))
+            raise ConfigError(f"vram is {self.vram}; expected the next smaller of {expected} (gigabytes)")
         check_name("method", self.method.replace("_", "-"), METHOD_NAMES)
         if self.divergence is not None:
             parse_divergence(self.divergence)

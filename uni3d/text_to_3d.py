@@ -32,6 +32,7 @@ from uni3d.config_loader import config_to_dict, config_to_yaml, load_config
 from uni3d.data.captions import read_vocabulary, unknown_prompt_warning
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import Interrupted, Uni3DError, UsageError
+from uni3d.memory import MemoryLadder, rung_for
 from uni3d.mesh.export import write_mesh
 from uni3d.mesh.extraction import extract_surface
 from uni3d.mesh.report import compare_with_field, mesh_report
@@ -237,22 +238,32 @@ def take_steps(
 
     The store must hold a state already. A step that is not finite moves nothing; three in a row go back to
     the state kept last, and `on_rollback` is told its step. `on_step` gets the index and numbers of every
-    other step; returning False ends the loop. Raises TrainingDiverged when going back did not help.
+    other step; returning False ends the loop. Out of memory, the settings are bounded (`MemoryLadder`) and
+    the loop goes on from the state kept last. Raises TrainingDiverged when going back did not help, and
+    OutOfMemory when nothing is left to bound.
     """
     config = optimiser.config
     guard = NonFiniteGuard()
+    ladder = MemoryLadder(config)
     kept_at = time.monotonic()
+
+    def go_back() -> None:
+        kept = store.load_latest()
+        assert kept is not None, "a state is kept before the first step"
+        optimiser.load_state_dict(kept.state)
+        if on_rollback is not None:
+            on_rollback(optimiser.step_index)
+
     while optimiser.step_index < config.steps:
-        report = optimiser.step()
+        report = ladder.step(optimiser)
+        if report is None:
+            go_back()
+            continue
         verdict = guard.check(optimiser.step_index, {"a gradient": None if report.finite else float("nan")})
         if verdict == "rollback":
-            kept = store.load_latest()
-            assert kept is not None, "a state is kept before the first step"
-            optimiser.load_state_dict(kept.state)
+            go_back()
             # The noise differs the second time, or the same numbers would come again.
             optimiser.generator.manual_seed(config.seed + 1_000_003 * guard.num_rollbacks)
-            if on_rollback is not None:
-                on_rollback(optimiser.step_index)
             continue
         if on_step is not None and on_step(optimiser.step_index, report.values) is False:
             return
@@ -367,6 +378,8 @@ def _checked(config: TextTo3DConfig) -> TextTo3DConfig:
         if config.output is None and saved.output is not None:
             config = dataclasses.replace(config, output=saved.output, overwrite=saved.overwrite)
     config = dataclasses.replace(config, prompt=check_prompt(config.prompt))
+    if config.vram is not None:
+        config = rung_for(config.vram).bounded(config)
     resolve_recipe(config)
     if config.output is not None:
         check_output_file(config.output, overwrite=config.overwrite)
@@ -386,7 +399,12 @@ def _open_run(config: TextTo3DConfig) -> RunDirectory:
 def _load_teacher(config: TextTo3DConfig, device: str) -> tuple[LatentDiffusionTeacher, str | None]:
     """The teacher, and what to say about a prompt with words that it does not know."""
     source = weights_folder("teacher") if config.teacher == EMBEDDED else config.teacher
-    teacher = LatentDiffusionTeacher.from_pretrained(source, device=device)
+    rung = None if config.vram is None else rung_for(config.vram)
+    is_half = rung is not None and rung.half and torch.device(device).type == "cuda"
+    dtype = torch.bfloat16 if is_half else torch.float32
+    teacher = LatentDiffusionTeacher.from_pretrained(source, device=device, dtype=dtype)
+    if rung is not None:
+        rung.apply_to(teacher)
     file = Path(source) / "vocabulary.json"
     if not file.is_file():  # Stable Diffusion, which knows most things
         return teacher, None

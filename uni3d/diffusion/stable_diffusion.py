@@ -153,7 +153,8 @@ class LatentDiffusionTeacher:
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
         )
-        return self.text_encoder(tokens.input_ids.to(self.device))[0]
+        # The text encoder may stay on the CPU to save memory.
+        return self.text_encoder(tokens.input_ids.to(self.text_encoder.device))[0].to(self.device)
 
     def with_camera(self, context: Tensor, conditioning: Tensor) -> Tensor:
         """Put the camera token into the last slot of `context` [B, L, E]; a teacher without one returns it
