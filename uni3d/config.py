@@ -290,6 +290,10 @@ class TextTo3DConfig:
     none: their own."""
     steps: int = 400
     """Optimisation steps of the field."""
+    particles: int = 1
+    """Fields made for the one prompt, which share the fake score and differ; each becomes a mesh."""
+    particles_per_step: Literal["all", "one"] = "all"
+    """Whether all particles move in a step, or one at random; then `steps` counts for all together."""
     resume: Path | None = None
     """Run directory of an interrupted run to go on with."""
     overwrite: bool = False
@@ -313,6 +317,7 @@ class TextTo3DConfig:
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0, MAX_SEED)
         check_range("steps", self.steps, 1, 10_000_000)
+        check_range("particles", self.particles, 1, 64)
         if self.vram is not None and self.vram not in VRAM_PRESETS:
             expected = ", ".join(map(str, VRAM_PRESETS))
             raise ConfigError(f"vram is {self.vram}; expected the next smaller of {expected} (gigabytes)")

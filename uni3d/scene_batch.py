@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uni3d.config import TextTo3DConfig
+from uni3d.config import RendererConfig, TextTo3DConfig
 from uni3d.config_values import Schedule, value_at
 from uni3d.diffusion.prompt import PromptContexts
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
@@ -26,8 +26,8 @@ from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.radiance_field import RadianceField
 from uni3d.scene.regularisers import opacity_entropy
 from uni3d.scene.renderer import RenderOutput
-from uni3d.scene.stack_renderer import OccupancyStack, render_stack
-from uni3d.scene_optimiser import GREY, WHITE, resolve_recipe
+from uni3d.scene.stack_renderer import OccupancyStack, render_stack, through_images
+from uni3d.scene_optimiser import GREY, WHITE, SceneOptimiser, resolve_recipe
 from uni3d.scene_requests import SceneRequest
 from uni3d.training.distiller_stack import DistillerStack
 from uni3d.training.guidance import GuidanceLosses
@@ -58,6 +58,12 @@ class SceneBatch:
         self.device = teacher.device
         self.step_index = 0
         self.generators = [torch.Generator().manual_seed(scene.seed) for scene in scenes]
+        # A GPU draws its many numbers, one for every ray and cell, where they are needed.
+        self.device_generators = (
+            self.generators
+            if self.device.type == "cpu"
+            else [torch.Generator(self.device).manual_seed(scene.seed) for scene in scenes]
+        )
         self._build_fields()
         self.distiller = self._build_distiller()
         self._scene_of_view = torch.arange(len(self.scenes), device=self.device).repeat_interleave(
@@ -126,7 +132,7 @@ class SceneBatch:
     def step(self) -> BatchReport:
         """One step of every scene; one whose gradients are not finite does not move."""
         if self.step_index % self.config.renderer.occupancy_interval == 0:
-            self.occupancy.update(self.fields, streams=self.generators)
+            self.occupancy.update(self.fields, streams=self.device_generators)
         cameras, output = self._view()
         view = output.image, cameras.conditioning(), cameras.view_words()
         losses = self.distiller.losses(*view, **self._noise(), train_student=not self._is_warming_up)
@@ -134,7 +140,9 @@ class SceneBatch:
         if self._is_warming_up:
             student = losses.student.detach()
         else:
-            student = sum(regularisation.values(), _through_images(losses.student, output.image))
+            student = sum(
+                regularisation.values(), through_images(losses.student, output.image, len(self.scenes))
+            )
         opacity = output.opacity.detach().view(len(self.scenes), -1).mean(dim=1)
         values = {**losses.statistics, **regularisation, "opacity": opacity}
         moved = self._move_fields(student)
@@ -170,7 +178,7 @@ class SceneBatch:
         cameras, backgrounds = [], []
         for generator in self.generators:
             cameras.append(self._sample_cameras(num_views, generator))
-            backgrounds.append(self._background(num_views, generator))
+            backgrounds.append(training_background(config.renderer, num_views, generator))
         joined = Cameras(
             *(
                 torch.cat([getattr(one, name) for one in cameras])
@@ -187,7 +195,7 @@ class SceneBatch:
             torch.cat(backgrounds).to(self.device),
             num_samples=config.renderer.samples_per_ray,
             occupancy=self.occupancy,
-            streams=self.generators,
+            streams=self.device_generators,
         )
         return joined, output
 
@@ -202,17 +210,6 @@ class SceneBatch:
             radius_range=cameras.radius,
             fov_y_deg=cameras.fov_y_deg,
         )
-
-    def _background(self, num: int, generator: torch.Generator) -> Tensor:
-        match self.config.renderer.background:
-            case "random":
-                return random_backgrounds(num, generator=generator)
-            case "greys":
-                return random_greys(num, generator=generator)
-            case "white":
-                return torch.full((num, 3), WHITE)
-            case _:
-                return torch.full((num, 3), GREY)
 
     def _noise(self) -> dict[str, Any]:
         guidance = self.config.guidance
@@ -259,9 +256,11 @@ class SceneBatch:
 
     def state_dict(self, scene: int) -> dict[str, Any]:
         """The state of one scene as `SceneOptimiser.state_dict` gives it; views, not copies."""
+        own_stream = self.device_generators[scene].get_state() if self.device.type != "cpu" else None
         return {
             "step": self.step_index,
             "generator": self.generators[scene].get_state(),
+            **({} if own_stream is None else {"device_generator": own_stream}),
             "field": self.fields.state_dict(scene),
             "occupancy": self.occupancy.state_dict(scene),
             "field_optimiser": self.field_optimiser.state_dict(scene),
@@ -279,7 +278,8 @@ class SceneBatch:
         """Put one scene back to an earlier state with fresh noise, while the others stay where they are."""
         self.distiller.load_state_dict(scene, state)
         self._load_scene(scene, state)
-        self.generators[scene].manual_seed(seed)
+        for generators in (self.generators, self.device_generators):
+            generators[scene].manual_seed(seed)
 
     def _load_scene(self, scene: int, state: Mapping[str, Any]) -> None:
         self.fields.load_state_dict(scene, state["field"])
@@ -287,6 +287,8 @@ class SceneBatch:
         self.field_optimiser.load_state_dict(scene, state["field_optimiser"])
         # Last, since building the parts draws from it.
         self.generators[scene].set_state(state["generator"])
+        if self.device.type != "cpu" and "device_generator" in state:
+            self.device_generators[scene].set_state(state["device_generator"])
 
     def without(self, scene: int) -> SceneBatch:
         """A batch of the other scenes, where they stand."""
@@ -297,15 +299,35 @@ class SceneBatch:
         return batch
 
 
-def _through_images(losses: Tensor, images: Tensor) -> Tensor:
-    """[S] with the gradient of `losses` [S] by the images [B, 3, H, W] of each scene, NaN where that is not
-    finite.
+def training_background(settings: RendererConfig, num: int, generator: torch.Generator) -> Tensor:
+    """What stands behind the object in `num` training pictures, [num, 3]."""
+    match settings.background:
+        case "random":
+            return random_backgrounds(num, generator=generator)
+        case "greys":
+            return random_greys(num, generator=generator)
+        case "white":
+            return torch.full((num, 3), WHITE)
+        case _:
+            return torch.full((num, 3), GREY)
 
-    The renderer sums over the rays of all scenes at once, so a gradient that is not finite must not reach it.
+
+class FinishedScene(SceneOptimiser):
+    """A scene after its last step, without the networks: what a mesh is made from.
+
+    Args:
+        config: of the scene.
+        state: its "step", "field" and "occupancy" in the form of `SceneOptimiser.state_dict`.
     """
-    (gradient,) = torch.autograd.grad(losses.sum(), images)
-    by_scene = gradient.reshape(losses.shape[0], -1)
-    is_good = torch.isfinite(by_scene).all(dim=1) & torch.isfinite(losses.detach())
-    kept = torch.where(is_good[:, None], by_scene, torch.zeros_like(by_scene))
-    value = (kept * images.reshape(kept.shape)).sum(dim=1)
-    return value + torch.where(is_good, 0.0, torch.nan)
+
+    def __init__(
+        self, config: TextTo3DConfig, state: Mapping[str, Any], device: torch.device | str = "cpu"
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.generator = torch.Generator()
+        self._build_scene()
+        self.field.load_state_dict(state["field"])
+        self.occupancy.load_state_dict(state["occupancy"])
+        self.step_index = int(state["step"])
+        self._follow_schedules()

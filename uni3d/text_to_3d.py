@@ -350,6 +350,10 @@ def generate(config: TextTo3DConfig, *, watch: RunWatch | None = None) -> Genera
     Raises UsageError for bad input before anything is written, Interrupted after a signal once the state
     is saved, and what `watch` raises.
     """
+    if config.particles > 1:
+        from uni3d.particles import generate_particles
+
+        return generate_particles(config, watch=watch)
     config = _checked(config)
     device, reason = choose_device(config.device)
     seconds: dict[str, float] = {}

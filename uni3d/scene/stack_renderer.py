@@ -147,6 +147,20 @@ def render_stack(
     )
 
 
+def through_images(loss: Tensor, images: Tensor, num_scenes: int) -> Tensor:
+    """[S] whose gradient is that of `loss` (one number, or [S]) by the images [B, 3, H, W] of each scene; NaN
+    for a scene where that is not finite.
+
+    The renderer sums over the rays of all scenes at once, so what is not finite must not go back through it.
+    """
+    (gradient,) = torch.autograd.grad(loss.sum(), images)
+    by_scene = gradient.reshape(num_scenes, -1)
+    is_good = torch.isfinite(by_scene).all(dim=1) & torch.isfinite(loss.detach())
+    kept = torch.where(is_good[:, None], by_scene, torch.zeros_like(by_scene))
+    value = (kept * images.reshape(kept.shape)).sum(dim=1)
+    return value + torch.where(is_good, 0.0, torch.nan)
+
+
 class _Lattice:
     """Where samples may lie: `count` [R] places on each ray, `step` apart, the first at distance `start`."""
 

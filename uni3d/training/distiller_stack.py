@@ -22,7 +22,7 @@ from uni3d.diffusion.prompt_stack import PromptStack
 from uni3d.losses.discriminator import RatioNormaliser
 from uni3d.losses.recipes import Recipe
 from uni3d.parameter_stack import ParameterStack
-from uni3d.random_streams import Streams
+from uni3d.random_streams import SharedStream, Streams
 from uni3d.training.distiller import MAX_CRITIC_GRADIENT_NORM
 from uni3d.training.guidance import GuidanceLosses, RealLatents, ScoreDistillation
 from uni3d.training.stack_optimiser import StackOptimiser
@@ -102,7 +102,7 @@ class RealLatentsStack(RealLatents):
 
     def pick(self, view_words: Sequence[str], generator: Streams) -> tuple[Tensor, Tensor]:
         """As `RealLatents.pick`, for view words that come scene by scene and a generator for each scene."""
-        assert not isinstance(generator, torch.Generator)
+        assert not isinstance(generator, torch.Generator | SharedStream)
         num_views, num_samples = len(view_words) // len(self.scenes), len(self.scenes[0].latents)
         index = torch.cat(
             [

@@ -8,7 +8,7 @@ Legend: S scenes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,11 +46,11 @@ class StackOptimiser:
         for group in self._optimiser.param_groups:
             group["lr"] = rates[group["name"]]
 
-    def descend(self, losses: Tensor, max_norm: float) -> list[bool]:
+    def descend(self, losses: Tensor, max_norm: float, *, only: Collection[int] | None = None) -> list[bool]:
         """One step on `losses` [S], each scene's gradient norm bounded by `max_norm` (0: not at all).
 
-        Returns for each scene whether its loss and gradient were finite; a scene where they were not does not
-        move. Losses without a gradient move nothing. Waits for the device once.
+        Returns for each scene whether its loss and gradient were finite; a scene where they were not, or that
+        is not among `only`, does not move. Losses without a gradient move nothing. Waits for the device once.
         """
         for stack in self._stacks:
             stack.tensor.grad = None
@@ -66,7 +66,9 @@ class StackOptimiser:
             for gradient in gradients:
                 gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))
         verdicts: list[bool] = (is_finite & torch.isfinite(norm)).tolist()
-        self._hand_out_gradients(verdicts)
+        self._hand_out_gradients(
+            [is_good and (only is None or scene in only) for scene, is_good in enumerate(verdicts)]
+        )
         self._optimiser.step()
         for stack in self._stacks:
             stack.tensor.grad = None
