@@ -16,6 +16,7 @@ from typing import Any, get_args
 import tyro
 
 import uni3d
+from uni3d.batch_commands import generate_many, is_for_many
 from uni3d.cli import be_quiet, results_only
 from uni3d.cli_parsing import option_value, parse_flags
 from uni3d.config import Quality, TextTo3DConfig
@@ -35,6 +36,7 @@ class GenerateOptions(TextTo3DConfig):
 
     Flags win over the file of --config, the file over the values of --quality. A schedule is given as one
     number, or as pairs of fraction of the run and value: --guidance.guidance-scale 0 12 1 6.
+    Many at once: --prompts FILE --output-dir DIR [--seeds 0-3] [--scenes-at-once 8].
     """
 
     prompt: tyro.conf.Positional[str] = ""
@@ -45,6 +47,8 @@ class GenerateOptions(TextTo3DConfig):
 
 def generate(arguments: Sequence[str]) -> int:
     """`uni3d generate`: checks everything that can be checked before the heavy imports."""
+    if is_for_many(arguments):
+        return generate_many(arguments)
     options = read_generate_options(arguments)
     if options.quiet:
         be_quiet()
