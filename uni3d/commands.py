@@ -58,11 +58,15 @@ def generate(arguments: Sequence[str]) -> int:
         check_output_folder(options.runs_folder)
     if options.output is not None:
         check_output_file(options.output, overwrite=options.overwrite)
-    from uni3d.text_to_3d import generate as run
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from uni3d.shared_run import generate_shared as run
+    else:
+        from uni3d.text_to_3d import generate as run
 
     with results_only() as stdout:
         result = run(options)
-        stdout.write(f"{json.dumps(result.as_dict()) if options.json else result.output}\n")
+        if result is not None:  # in the first of several processes
+            stdout.write(f"{json.dumps(result.as_dict()) if options.json else result.output}\n")
     return 0
 
 

@@ -23,7 +23,7 @@ from uni3d.config import TextTo3DConfig
 from uni3d.config_values import Schedule, value_at
 from uni3d.diffusion.prompt import PromptContexts
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
-from uni3d.errors import ConfigError
+from uni3d.errors import ConfigError, UsageError
 from uni3d.losses import recipes
 from uni3d.scene.backgrounds import random_backgrounds, random_greys
 from uni3d.scene.camera import Cameras, sample_orbit_cameras
@@ -34,6 +34,7 @@ from uni3d.scene.renderer import RenderOutput, render
 from uni3d.training.descent import descend
 from uni3d.training.distiller import Distiller
 from uni3d.training.guidance import GuidanceLosses
+from uni3d.training.processes import Processes
 
 # psi = 1 / (1 + r) is bounded and stays near one while the discriminator still tells every render from a
 # sample;
@@ -59,10 +60,24 @@ class SceneOptimiser:
     Args:
         config: the run; prompt, seed, schedules and weights are read from it.
         teacher: frozen; its network receives the LoRA adapters of the fake score, see `close`.
+        processes: each of them renders and scores its share of a step's views; all else is the same in all.
+
+    Raises UsageError for views that cannot be shared out evenly.
     """
 
-    def __init__(self, config: TextTo3DConfig, teacher: LatentDiffusionTeacher) -> None:
+    def __init__(
+        self,
+        config: TextTo3DConfig,
+        teacher: LatentDiffusionTeacher,
+        processes: Processes = Processes(),  # noqa: B008 - frozen
+    ) -> None:
+        if config.guidance.views_per_step % processes.num:
+            raise UsageError(
+                f"{config.guidance.views_per_step} views a step cannot be shared by {processes.num} "
+                f"processes; set --guidance.views-per-step to a multiple of {processes.num}"
+            )
         self.config = config
+        self.processes = processes
         self.teacher = teacher
         self.device = teacher.device
         self.step_index = 0
@@ -108,6 +123,7 @@ class SceneOptimiser:
             discriminator_updates=config.discriminator.updates_per_step,
             max_log_ratio=config.discriminator.max_log_ratio,
             generator=self.generator,
+            processes=self.processes,
         )
 
     def prepare(self, *, before_step: Callable[[], object] | None = None) -> None:
@@ -147,16 +163,18 @@ class SceneOptimiser:
         student = losses.student + sum(regularisation.values(), torch.zeros((), device=self.device))
         if self._is_warming_up:  # the field waits, and with it the terms that would shrink it
             student = student.detach()
-        values = {
-            **{name: float(value) for name, value in losses.statistics.items()},
-            **{name: float(value.detach()) for name, value in regularisation.items()},
-            "opacity": float(output.opacity.detach().mean()),
-        }
+        values = {**losses.statistics, **regularisation, "opacity": output.opacity.detach().mean()}
         applied = self._move_field(student)
         applied &= self.distiller.train(losses, again=lambda: self._critic_losses(view))
         self.step_index += 1
         self._follow_schedules()
-        return StepReport(values, applied)
+        return StepReport(self._fetched(values), applied)
+
+    def _fetched(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """The numbers of a step, means over the processes; waits for the device once, when all is queued."""
+        row = torch.stack([value.detach() for value in values.values()])
+        self.processes.add_up_([row])
+        return dict(zip(values, (row / self.processes.num).tolist(), strict=True))
 
     def _follow_schedules(self) -> None:
         """Set what of the field changes over the run and is not trained; whenever `step_index` changes."""
@@ -173,7 +191,12 @@ class SceneOptimiser:
         config = self.config
         cameras = self._sample_cameras(config.guidance.views_per_step)
         size = round(self._value(config.renderer.resolution))
-        output = self.render(cameras, size, self._backgrounds(len(cameras)), training=True)
+        background = self._backgrounds(len(cameras))
+        own = self.processes.share(len(cameras))
+        cameras = cameras[own]
+        if isinstance(background, Tensor):
+            background = background[own]
+        output = self.render(cameras, size, background, training=True)
         return (output.image, cameras.conditioning(), cameras.view_words()), output
 
     def _critic_losses(self, view: View) -> GuidanceLosses:
@@ -201,7 +224,11 @@ class SceneOptimiser:
         for group in self.field_optimiser.param_groups:
             group["lr"] = rates[group["name"]]
         return descend(
-            student, self.field_optimiser, list(self.field.parameters()), config.optimiser.max_gradient_norm
+            student,
+            self.field_optimiser,
+            list(self.field.parameters()),
+            config.optimiser.max_gradient_norm,
+            self.processes,
         )
 
     def _regularisation(self, output: RenderOutput) -> dict[str, Tensor]:
@@ -238,7 +265,7 @@ class SceneOptimiser:
             background,
             num_samples=self.config.renderer.samples_per_ray,
             occupancy=self.occupancy,
-            generator=self.generator if training else None,
+            generator=self.distiller.views_stream if training else None,
         )
 
     def _sample_cameras(self, num: int) -> Cameras:

@@ -233,6 +233,7 @@ def take_steps(
     *,
     on_step: Callable[[int, Mapping[str, float]], object] | None = None,
     on_rollback: Callable[[int], object] | None = None,
+    agree: Callable[[bool], bool] = bool,
 ) -> None:
     """Take the steps that are left, keeping the state every `config.checkpoints.interval_s` seconds.
 
@@ -240,7 +241,7 @@ def take_steps(
     the state kept last, and `on_rollback` is told its step. `on_step` gets the index and numbers of every
     other step; returning False ends the loop. Out of memory, the settings are bounded (`MemoryLadder`) and
     the loop goes on from the state kept last. Raises TrainingDiverged when going back did not help, and
-    OutOfMemory when nothing is left to bound.
+    OutOfMemory when nothing is left to bound. Several processes `agree` on what hangs on their clocks.
     """
     config = optimiser.config
     guard = NonFiniteGuard()
@@ -268,7 +269,7 @@ def take_steps(
         if on_step is not None and on_step(optimiser.step_index, report.values) is False:
             return
         # Running averages take part in a step that is skipped, so only the state after a good one is kept.
-        if verdict == "ok" and time.monotonic() - kept_at >= config.checkpoints.interval_s:
+        if verdict == "ok" and agree(time.monotonic() - kept_at >= config.checkpoints.interval_s):
             store.save(optimiser.step_index, optimiser.state_dict())
             kept_at = time.monotonic()
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from uni3d.errors import UsageError
+from uni3d.random_streams import SharedStream, uniform
 from uni3d.scene.camera import Cameras
 from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.packed import Segments, compositing_weights, exclusive_sum, weighted_ray_sum
@@ -83,7 +84,7 @@ def render(
     background: Tensor | float = 1.0,
     *,
     num_samples: int = 80,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | SharedStream | None = None,
     occupancy: OccupancyGrid | None = None,
     stop_transmittance: float = 1e-3,
     max_samples: int | None = None,
@@ -140,11 +141,11 @@ def render(
     )
 
 
-def _lattice_shift(origins: Tensor, generator: torch.Generator | None) -> Tensor:
+def _lattice_shift(origins: Tensor, generator: torch.Generator | SharedStream | None) -> Tensor:
     """Part of a step, in [0, 1), by which each ray's lattice is moved, [R]."""
     if generator is None:
         return torch.full_like(origins[:, 0], 0.5)
-    return torch.rand(origins.shape[0], generator=generator, device=generator.device).to(origins.device)
+    return uniform((origins.shape[0],), generator).to(origins.device)
 
 
 def _along(origins: Tensor, directions: Tensor, ray_index: Tensor, distances: Tensor) -> Tensor:
@@ -247,7 +248,7 @@ def _evaluate_within_budget(
     points: Tensor,
     segments: Segments,
     max_samples: int | None,
-    generator: torch.Generator | None,
+    generator: torch.Generator | SharedStream | None,
 ) -> tuple[Tensor, Tensor]:
     """Density [N] and colour [N, 3] at `points` [N, 3], with gradient for at most `max_samples` of them."""
     num_points = points.shape[0]
@@ -265,11 +266,15 @@ def _evaluate_within_budget(
     return all_density[to_place], all_colour[to_place]
 
 
-def _rays_within_budget(segments: Segments, max_samples: int, generator: torch.Generator | None) -> Tensor:
+def _rays_within_budget(
+    segments: Segments, max_samples: int, generator: torch.Generator | SharedStream | None
+) -> Tensor:
     """Which rays get gradient, bool [R]: as many of a shuffled order as fit into `max_samples`."""
     num_rays, device = segments.num_rays, segments.start.device
     if generator is None:
         generator = torch.Generator().manual_seed(0)
+    if isinstance(generator, SharedStream):
+        generator = generator.generator
     order = torch.randperm(num_rays, generator=generator, device=generator.device).to(device)
     counts = (segments.end - segments.start)[order]
     fits = torch.zeros(num_rays, dtype=torch.bool, device=device)

@@ -7,19 +7,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from uni3d.training.processes import Processes
+
 
 def descend(
-    loss: Tensor, optimiser: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float
+    loss: Tensor,
+    optimiser: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    max_norm: float,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
 ) -> bool:
     """Step `optimiser` on the scalar `loss`, the gradient's norm over `parameters` bounded by `max_norm`.
 
     A `max_norm` of 0 bounds nothing. When the loss or a gradient is not finite nothing moves. Returns whether
-    the loss was finite and, if it has a gradient, the step was made.
+    the loss was finite and, if it has a gradient, the step was made. Several `processes` step on the mean of
+    their gradients, and all of them or none.
     """
     optimiser.zero_grad(set_to_none=True)
     if not loss.requires_grad:
-        return bool(torch.isfinite(loss))
+        return bool(torch.isfinite(_average_over(processes, loss, [])))
     loss.backward()
+    loss = _average_over(processes, loss.detach(), parameters)
     limit = max_norm if max_norm > 0 else float("inf")
     norm = nn.utils.clip_grad_norm_(parameters, limit)
     if not bool(torch.isfinite(loss.detach()) & torch.isfinite(norm)):
@@ -27,3 +35,18 @@ def descend(
         return False
     optimiser.step()
     return True
+
+
+def _average_over(processes: Processes, loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The mean loss of all processes, whose gradients become their mean."""
+    if processes.num == 1:
+        return loss
+    for parameter in parameters:
+        if parameter.grad is None:  # of no use to this process's views; the others may have one
+            parameter.grad = torch.zeros_like(parameter)
+    total = loss.clone()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    processes.add_up_([total, *gradients])
+    for tensor in (total, *gradients):
+        tensor.div_(processes.num)
+    return total

@@ -22,10 +22,28 @@ from uni3d.diffusion.prompt import PromptContexts
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.losses.discriminator import RatioNormaliser
 from uni3d.losses.recipes import Recipe
+from uni3d.random_streams import SharedStream
 from uni3d.training.descent import descend
 from uni3d.training.guidance import GuidanceLosses, RealLatents, ScoreDistillation
+from uni3d.training.processes import Processes
 
 MAX_CRITIC_GRADIENT_NORM = 1.0
+
+
+class SharedRatioNormaliser(RatioNormaliser):
+    """Counts the samples of all processes, so that all divide by the same means."""
+
+    def __init__(self, processes: Processes) -> None:
+        super().__init__()
+        self.processes = processes
+
+    @torch.no_grad()
+    def update(self, log_ratio: Tensor, sigma: Tensor) -> None:
+        """As `RatioNormaliser.update`; every process has equally many samples."""
+        num = log_ratio.shape[0] * self.processes.num
+        rows = torch.stack([log_ratio.float(), sigma.float().to(log_ratio.device)], dim=1)
+        whole = self.processes.join_rows(rows, num)
+        super().update(whole[:, 0], whole[:, 1])
 
 
 class Distiller:
@@ -41,6 +59,8 @@ class Distiller:
         max_log_ratio: bound on the absolute log density ratio.
         generator: CPU generator of initial weights, teacher samples and noise; shared with the caller, and
             its state is the caller's to save.
+        processes: that see a share of the views each, with equal copies of everything else, and learn
+            together.
 
     `prepare` or `load_state_dict` comes before the first `losses`.
     """
@@ -58,7 +78,9 @@ class Distiller:
         discriminator_updates: int = 1,
         max_log_ratio: float = 5.0,
         generator: torch.Generator,
+        processes: Processes = Processes(),  # noqa: B008 - frozen
     ) -> None:
+        self.processes = processes
         self.teacher = teacher
         self.contexts = contexts
         self.recipe = recipe
@@ -115,7 +137,7 @@ class Distiller:
         self.real_latents = real_latents
         head = DiscriminatorHead(self.teacher.feature_channels, generator=self.generator)
         self.discriminator = head.to(device)
-        self.normaliser = RatioNormaliser().to(device)
+        self.normaliser = SharedRatioNormaliser(self.processes).to(device)
         self.discriminator_optimiser = torch.optim.AdamW(
             self.discriminator.parameters(),
             lr=self._discriminator_learning_rate,
@@ -153,9 +175,16 @@ class Distiller:
             view_words,
             noise_range=noise_range,
             guidance_scale=guidance_scale,
-            generator=self.generator,
+            generator=self.views_stream,
             train_student=train_student,
         )
+
+    @property
+    def views_stream(self) -> torch.Generator | SharedStream:
+        """What random numbers for this process's views are drawn from."""
+        if self.processes.num == 1:
+            return self.generator
+        return SharedStream(self.generator, self.processes.rank, self.processes.num)
 
     def train(self, losses: GuidanceLosses, *, again: Callable[[], GuidanceLosses]) -> bool:
         """Let the fake score and the discriminator take their steps on what the student made.
@@ -181,14 +210,20 @@ class Distiller:
         assert self.fake_score is not None and self.fake_optimiser is not None
         assert losses.fake_score is not None
         parameters = self.fake_score.parameters()
-        return descend(losses.fake_score, self.fake_optimiser, parameters, MAX_CRITIC_GRADIENT_NORM)
+        return descend(
+            losses.fake_score, self.fake_optimiser, parameters, MAX_CRITIC_GRADIENT_NORM, self.processes
+        )
 
     def _train_discriminator(self, losses: GuidanceLosses) -> bool:
         assert self.discriminator is not None and self.discriminator_optimiser is not None
         assert losses.discriminator is not None
         parameters = list(self.discriminator.parameters())
         return descend(
-            losses.discriminator, self.discriminator_optimiser, parameters, MAX_CRITIC_GRADIENT_NORM
+            losses.discriminator,
+            self.discriminator_optimiser,
+            parameters,
+            MAX_CRITIC_GRADIENT_NORM,
+            self.processes,
         )
 
     def close(self) -> None:

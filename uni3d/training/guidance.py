@@ -28,7 +28,7 @@ from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.losses import recipes
 from uni3d.losses.discriminator import RatioNormaliser, discriminator_loss, log_ratio_from_logits
 from uni3d.losses.fake_score import denoising_loss
-from uni3d.random_streams import Streams, normal, uniform
+from uni3d.random_streams import SharedStream, Streams, integers, normal, uniform
 
 # Adam does not feel it; it sets the loss against the regularisers' weights.
 STUDENT_SCALE = 0.1
@@ -104,21 +104,20 @@ class RealLatents:
 
         A view word without samples takes any.
         """
-        assert isinstance(generator, torch.Generator)
+        assert isinstance(generator, torch.Generator | SharedStream)
         index = self.choose(view_words, generator)
         return self.latents[index.to(self.latents.device)], self.conditioning[
             index.to(self.conditioning.device)
         ]
 
-    def choose(self, view_words: Sequence[str], generator: torch.Generator) -> Tensor:
+    def choose(self, view_words: Sequence[str], generator: torch.Generator | SharedStream) -> Tensor:
         """The rows that `pick` takes, int64 [B] on the CPU."""
-        chosen = []
+        candidates = []
         for word in view_words:
-            candidates = torch.nonzero(self.view_index == VIEW_WORDS.index(word))[:, 0]
-            if len(candidates) == 0:
-                candidates = torch.arange(len(self.view_index))
-            chosen.append(candidates[torch.randint(len(candidates), (1,), generator=generator)])
-        return torch.cat(chosen)
+            rows = torch.nonzero(self.view_index == VIEW_WORDS.index(word))[:, 0]
+            candidates.append(rows if len(rows) > 0 else torch.arange(len(self.view_index)))
+        places = integers([len(rows) for rows in candidates], generator)
+        return torch.stack([rows[place] for rows, place in zip(candidates, places, strict=True)])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors to save."""
