@@ -84,9 +84,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 # May import everything but the command line.
-PROGRAMS = ("text_to_3d", "scene_optimiser")
+PROGRAMS = ("text_to_3d", "scene_optimiser", "benchmark")
 # Import at the top only plain modules; what they run is imported inside functions.
 COMMANDS = (
+    "benchmark_commands",
     "commands",
     "dataset_commands",
     "edm_commands",
@@ -111,6 +112,7 @@ PLAIN_LAYER = {
     "teacher.settings",
     "evaluation.settings",
     "distillation.settings",
+    "benchmark.settings",
 }
 WITHOUT_TORCH = (
     "errors",

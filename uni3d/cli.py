@@ -40,6 +40,7 @@ COMMANDS = (
         "score meshes or images",
         "uni3d.evaluation_commands:evaluate",
     ),
+    Command("benchmark", "compare methods over prompts and seeds", "uni3d.benchmark_commands:benchmark"),
     Command("methods", "list the guidance methods and what they cost", "uni3d.commands:methods"),
     Command("doctor", "versions, devices, weights and optional packages", "uni3d.commands:doctor"),
     Command("dataset", "check a set of images, or write it as an EDM zip", "uni3d.dataset_commands:dataset"),

@@ -68,7 +68,7 @@ class SceneOptimiser:
         self.step_index = 0
         self.generator = torch.Generator().manual_seed(config.seed)
         self._build_scene()
-        self.distiller = self._build_distiller()
+        self.distiller = build_distiller(config, teacher, self.generator)
         self._follow_schedules()
 
     # ------------------------------------------------------------------ construction
@@ -86,28 +86,6 @@ class SceneOptimiser:
         rates = {name: 1.0 for name in self.field.parameter_group_names}
         self.field_optimiser = torch.optim.Adam(
             self.field.parameter_groups(rates), betas=(0.9, 0.99), eps=1e-15, fused=True
-        )
-
-    def _build_distiller(self) -> Distiller:
-        config = self.config
-        contexts = PromptContexts.encode(
-            self.teacher,
-            config.prompt,
-            config.negative_prompt,
-            use_view_words=config.guidance.view_prompts,
-            use_camera=config.guidance.camera_token,
-        )
-        return Distiller(
-            self.teacher,
-            contexts,
-            resolve_recipe(config),
-            lora_rank=config.fake_score.lora_rank,
-            fake_score_learning_rate=config.fake_score.learning_rate,
-            fake_score_updates=config.fake_score.updates_per_step,
-            discriminator_learning_rate=config.discriminator.learning_rate,
-            discriminator_updates=config.discriminator.updates_per_step,
-            max_log_ratio=config.discriminator.max_log_ratio,
-            generator=self.generator,
         )
 
     def prepare(self, *, before_step: Callable[[], object] | None = None) -> None:
@@ -286,6 +264,31 @@ class SceneOptimiser:
         self.generator.set_state(state["generator"])
         self.step_index = int(state["step"])
         self._follow_schedules()
+
+
+def build_distiller(
+    config: TextTo3DConfig, teacher: LatentDiffusionTeacher, generator: torch.Generator
+) -> Distiller:
+    """The `Distiller` that `config` describes, for any student; draws from and keeps `generator`."""
+    contexts = PromptContexts.encode(
+        teacher,
+        config.prompt,
+        config.negative_prompt,
+        use_view_words=config.guidance.view_prompts,
+        use_camera=config.guidance.camera_token,
+    )
+    return Distiller(
+        teacher,
+        contexts,
+        resolve_recipe(config),
+        lora_rank=config.fake_score.lora_rank,
+        fake_score_learning_rate=config.fake_score.learning_rate,
+        fake_score_updates=config.fake_score.updates_per_step,
+        discriminator_learning_rate=config.discriminator.learning_rate,
+        discriminator_updates=config.discriminator.updates_per_step,
+        max_log_ratio=config.discriminator.max_log_ratio,
+        generator=generator,
+    )
 
 
 def resolve_recipe(config: TextTo3DConfig) -> recipes.Recipe:

@@ -169,11 +169,14 @@ class ScoreDistillation:
         """All losses of one step for `images` [B, 3, H, W] in [0, 1] seen by cameras `conditioning` [B, K].
 
         Args:
+            images: or latents of the teacher, [B, *teacher.latent_shape], which are taken as they are.
             noise_range: smallest and largest noise level, as fractions of the teacher's timesteps.
             generator: CPU generator of timesteps and noise.
             train_student: False computes the fake score's and the discriminator's losses only.
         """
-        x0 = self.teacher.encode_images(images) if train_student else self._encode_frozen(images)
+        with torch.set_grad_enabled(train_student):
+            is_latent = images.shape[1:] == self.teacher.latent_shape
+            x0 = images if is_latent else self.teacher.encode_images(images)
         sigma = self._draw_sigma(noise_range, x0.shape[0], generator).to(x0.device)
         eps = torch.randn(x0.shape, generator=generator).to(x0)
         context = self.contexts.conditional(view_words, conditioning)
@@ -217,10 +220,6 @@ class ScoreDistillation:
         return GuidanceLosses(student, fake_loss, critic_loss, statistics)
 
     # ------------------------------------------------------------------ parts
-
-    @torch.no_grad()
-    def _encode_frozen(self, images: Tensor) -> Tensor:
-        return self.teacher.encode_images(images)
 
     def _draw_sigma(self, noise_range: tuple[float, float], num: int, generator: torch.Generator) -> Tensor:
         last = self.teacher.schedule.num_timesteps - 1
