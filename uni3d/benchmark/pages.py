@@ -24,7 +24,7 @@ _QUALITY = (
     ("right object, %", "right_object", 100, 0),
     ("right colour, %", "right_colour", 100, 0),
     ("Janus, %", "janus", 100, 0),
-    ("KID x1000", "kernel_distance", 1000, 0),
+    ("KID", "kernel_distance", 1, 2),
     ("FD", "frechet_distance", 1, 3),
     ("recall, %", "recall", 100, 0),
     ("Vendi", "vendi", 1, 2),
