@@ -29,6 +29,7 @@ _MAY_CHANGE = (
     "limit_prompts",
     "seeds",
     "tune",
+    "only_summary",
     "retry_failed",
     "turntables",
     "num_bootstrap",

@@ -35,6 +35,7 @@ from uni3d.benchmark.work_list import Job, WorkList
 from uni3d.config import TextTo3DConfig
 from uni3d.config_loader import config_to_dict
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
+from uni3d.errors import UsageError
 from uni3d.evaluation.evaluator import Evaluator
 from uni3d.evaluation.retrieval import ClipEmbedding
 from uni3d.evaluation.settings import MeshQualitySettings
@@ -114,19 +115,24 @@ class _Session:
         if self.config.retry_failed:
             logger.info("%d failed runs are made again", self.work.forget_failed())
         with StopFlag() as stop:
-            self._make_all(stop)
+            if self.config.only_summary:
+                self.work.keep_complete_prompts()
+            else:
+                self._make_all(stop)
             if not self.work.is_complete():
                 logger.info("nothing is left for this process; the one that ends last writes the summary")
                 return None
-            for prompt in self.prompts:
+            prompts = list(dict.fromkeys(job.prompt for job in self.work.jobs))
+            if not prompts:
+                raise UsageError(f"'{self.folder}' has no prompt yet that every method and seed is done with")
+            for prompt in prompts:
                 self.samples.draw(prompt, wait=True)
-                if stop.is_set:
-                    raise stop.interruption("stopped; every finished run is kept. The same command goes on")
+                _leave_if_asked(stop)
         summary = summarise(
-            self.config, self.folder, self.work, self.judges, self.samples, all_prompts(self.config)
+            self.config, self.work, self.judges, self.samples, all_prompts(self.config)
         )
         atomic_write_json(self.folder / "summary.json", summary)
-        write_pages(summary, self.folder, self.work, self.prompts)
+        write_pages(summary, self.folder, self.work, prompts)
         return summary
 
     def _make_all(self, stop: StopFlag) -> None:
@@ -140,8 +146,7 @@ class _Session:
                 num_made += len(jobs)
             if not self.config.quiet:
                 logger.info("%d runs made here, the last by %s: '%s'", num_made, jobs[-1].method, jobs[-1].prompt)
-            if stop.is_set:
-                raise stop.interruption("stopped; every finished run is kept. The same command goes on")
+            _leave_if_asked(stop)
 
     def _make(self, jobs: list[Job]) -> None:
         settings = [self._settings(job) for job in jobs]
@@ -179,6 +184,11 @@ class _Session:
             "settings": config_to_dict(settings),
             "machine": self.machine,
         }
+
+
+def _leave_if_asked(stop: StopFlag) -> None:
+    if stop.is_set:
+        raise stop.interruption("stopped; every finished run is kept. The same command goes on")
 
 
 def _plain(value: Any) -> Any:

@@ -109,6 +109,8 @@ class BenchmarkConfig:
     """Try the settings of `tuning` on the tuning prompts and write the best of each method to tuned.yaml."""
     tuned: Path | None = None
     """Settings that a run with `tune` chose, laid over the variants."""
+    only_summary: bool = False
+    """Make nothing; summarise the prompts that are done with every method and seed."""
     retry_failed: bool = False
     """Make failed runs once more."""
     evaluator: str = "embedded"

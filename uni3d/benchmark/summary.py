@@ -51,7 +51,6 @@ class _Run:
 
 def summarise(
     config: BenchmarkConfig,
-    folder: Any,
     work: WorkList,
     judges: Judges,
     samples: TeacherSamples,

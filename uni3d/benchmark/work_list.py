@@ -45,8 +45,8 @@ class Job:
 class WorkList:
     """The jobs of a benchmark in `folder`, shared with other processes.
 
-    All methods take a prompt before the next prompt comes, and all prompts a seed before the next seed: a
-    benchmark that is stopped early has still tried its methods on the same prompts.
+    All methods and seeds take a prompt before the next prompt comes, so that a benchmark which is not over
+    can be summarised over the prompts that are.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class WorkList:
         self.folder = folder
         self.jobs = [
             Job(method, prompt, seed, budget)
-            for seed in seeds
             for prompt in prompts
+            for seed in seeds
             for budget in budgets
             for method in methods
         ]
@@ -80,11 +80,17 @@ class WorkList:
 
     def finish(self, job: Job, record: dict[str, Any]) -> None:
         """Write down that the job is done; of a job that failed, too."""
+        self.path(job).mkdir(parents=True, exist_ok=True)
         atomic_write_json(self.path(job) / RECORD, record)
 
     def is_complete(self) -> bool:
         """Whether every job is done."""
         return all((self.path(job) / RECORD).is_file() for job in self.jobs)
+
+    def keep_complete_prompts(self) -> None:
+        """Forget the jobs of prompts that are not done with every method, seed and budget."""
+        open_prompts = {job.prompt for job in self.jobs if not (self.path(job) / RECORD).is_file()}
+        self.jobs = [job for job in self.jobs if job.prompt not in open_prompts]
 
     def forget_failed(self) -> int:
         """Take the records of failed jobs away, so that they are made again; returns how many."""
