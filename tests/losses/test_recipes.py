@@ -243,7 +243,8 @@ def never_of(x0: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", recipes.names())
 def test_work_of_weight_zero_is_not_done(setting: Setting, name: str) -> None:
     recipe = bare(name)
-    needed = {"log_ratio": recipe.needs_ratio, "fake_x0": recipe.needs_fake_score}
+    reads_fake = recipe.needs_fake_score or recipe.student == "interval"
+    needed = {"log_ratio": recipe.needs_ratio, "fake_x0": reads_fake}
     source = {"source_x0": setting.x0, "source_teacher_x0": setting.teacher_x0} if name == "dds" else {}
     for nothing, nothing_of in ((None, None), (never, never_of)):
         unused: dict[str, object] = {key: nothing for key, is_needed in needed.items() if not is_needed}

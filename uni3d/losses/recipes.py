@@ -174,8 +174,8 @@ def _student_prediction(
     source_x0: Tensor | None,
     source_teacher_x0: Prediction | None,
 ) -> Tensor:
-    """D_p: the fake score's prediction, or what it would be for a student that is the single image x0."""
-    if recipe.student == "trained":
+    """D_p: the fake score's prediction, or what takes its place where none is trained."""
+    if recipe.student in ("trained", "interval"):
         return _evaluate(recipe, "fake_x0", fake_x0, differentiable=recipe.needs_fake_jacobian)
     dirac = at_least_float32(x0.detach())
     if recipe.student == "dirac":

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from uni3d.diffusion.discriminator import DiscriminatorHead
+from uni3d.diffusion.inversion import Inversion, ddim_inversion
 from uni3d.diffusion.lora_score import LoRAFakeScore
 from uni3d.diffusion.prompt import VIEW_WORDS, PromptContexts
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
@@ -185,13 +186,12 @@ class ScoreDistillation:
             self.recipe.needs_teacher_jacobian or self.recipe.needs_fake_jacobian
         )
         x = (x0 if through_networks else x0.detach()) + sigma[:, None, None, None] * eps
+        interval_x0 = None
+        if self.recipe.noise == "inverted":
+            x, interval_x0 = self._invert(x0.detach(), sigma, context, negative)
 
-        with (
-            torch.set_grad_enabled(through_networks and self.recipe.needs_teacher_jacobian),
-            self.teacher.recorded_middle() as recorded,
-        ):
-            guided_x0, _ = self.teacher.predict_guided_x0(x, sigma, context, negative, guidance_scale)
-        features = recorded[0][: x.shape[0]]
+        with torch.set_grad_enabled(through_networks and self.recipe.needs_teacher_jacobian):
+            guided_x0, features = self._ask_teacher(x, sigma, context, negative, guidance_scale)
         fake_x0, fake_loss = self._fake_score(x, x0, sigma, context, conditioning, through_networks)
         log_ratio, adversarial_logits = self._ratio(features, x0, sigma, eps, context, train_student)
         statistics = {"sigma": sigma.mean().detach()}
@@ -206,7 +206,7 @@ class ScoreDistillation:
                 x0=x0,
                 sigma=sigma,
                 teacher_x0=guided_x0,
-                fake_x0=fake_x0,
+                fake_x0=interval_x0 if self.recipe.student == "interval" else fake_x0,
                 log_ratio=log_ratio,
                 adversarial_logits=adversarial_logits,
             )
@@ -226,6 +226,31 @@ class ScoreDistillation:
         low, high = noise_range
         fraction = low + (high - low) * torch.rand(num, generator=generator)
         return self.teacher.schedule.sigma((fraction * last).to(self.teacher.device))
+
+    def _ask_teacher(
+        self, x: Tensor, sigma: Tensor, context: Tensor, negative: Tensor, guidance_scale: float
+    ) -> tuple[Tensor | None, Tensor]:
+        """The guided x0-prediction, None where no score enters the loss, and the middle block's output."""
+        if self.recipe.score_weight == 0:
+            with torch.no_grad():
+                return None, self.teacher.middle_features(x, sigma, context)
+        with self.teacher.recorded_middle() as recorded:
+            guided_x0, _ = self.teacher.predict_guided_x0(x, sigma, context, negative, guidance_scale)
+        return guided_x0, recorded[0][: x.shape[0]]
+
+    def _invert(self, x0: Tensor, sigma: Tensor, context: Tensor, negative: Tensor) -> Inversion:
+        """Carry x0 up to sigma [B] by the recipe's inversion, in equal steps of the teacher's timesteps."""
+        scale = self.recipe.inversion_guidance_scale
+        schedule = self.teacher.schedule
+        share = torch.linspace(0, 1, self.recipe.inversion_steps + 1, device=x0.device)
+        sigmas = schedule.sigma(share[:, None] * schedule.timestep(sigma))
+
+        def predict(x: Tensor, level: Tensor) -> Tensor:
+            if scale == 0.0:
+                return self.teacher.predict_x0(x, level, negative)
+            return self.teacher.predict_guided_x0(x, level, context, negative, scale)[0]
+
+        return ddim_inversion(predict, x0, sigmas)
 
     def _fake_score(
         self,
