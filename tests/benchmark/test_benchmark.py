@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
+from plain_evaluator import PlainEvaluator
 
 from uni3d.benchmark import program
 from uni3d.benchmark.backends import PictureBackend, Product
@@ -37,7 +38,7 @@ def config(folder: Path, teacher: Path, **changes: Any) -> BenchmarkConfig:
         "seeds": (0, 1),
         "num_bootstrap": 20,
         "quiet": True,
-        "budget": BudgetConfig(kinds=("passes",), passes=30),
+        "budget": BudgetConfig(kinds=("passes",), passes=20),
         "views": ViewsConfig(
             azimuths_deg=(0.0, 90.0), elevations_deg=(15.0,), teacher_samples_per_view=2, sampling_steps=1
         ),
@@ -48,6 +49,13 @@ def config(folder: Path, teacher: Path, **changes: Any) -> BenchmarkConfig:
         ),
     }
     return BenchmarkConfig(**(settings | changes))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plain_evaluator() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "Evaluator", PlainEvaluator)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +96,12 @@ def test_every_run_is_counted_and_failures_are_the_worst(finished: Any) -> None:
 def test_methods_get_equal_passes(finished: Any) -> None:
     settings, summary = finished
     limit = settings.budget.passes
-    for method, steps in (("sds", 15), ("vsd-prolific", 7)):
+    for method, steps in (("sds", 10), ("vsd-prolific", 5)):
         figures = row(summary, method)["figures"]
         assert figures["steps"]["mean"] == steps and limit / 2 < figures["passes"]["mean"] <= limit
     # Its two teacher samples of two guided steps are paid for.
     with_samples = row(summary, "ui-js")["figures"]
-    assert with_samples["steps"]["mean"] == 4 and limit / 2 < with_samples["passes"]["mean"] <= limit
+    assert with_samples["steps"]["mean"] == 2 and limit / 2 < with_samples["passes"]["mean"] <= limit
 
 
 def test_a_finished_benchmark_is_read_not_made_again(
@@ -116,8 +124,7 @@ def test_the_summary_follows_its_schema(finished: Any) -> None:
     assert violations(summary, schema, schema) == []
     del summary["rows"][0]["figures"]["vendi"]["low"]
     assert violations(summary, schema, schema) == ["$.rows[0].figures.vendi lacks low"]
-    machine = summary["machines"][0]
-    assert machine["packages"]["torch"] == torch.__version__.partition("+")[0] or machine["packages"]["torch"]
+    assert summary["machines"][0]["packages"]["torch"] == importlib.metadata.version("torch")
     assert summary["variants"]["passes"]["sds"]["method"] == "sds"
 
 
