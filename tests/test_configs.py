@@ -35,6 +35,10 @@ def schema_of(file: Path) -> Any:
         from uni3d.distillation.settings import DistillConfig, TeacherTrainingConfig
 
         return DistillConfig() if file.stem.startswith("distill") else TeacherTrainingConfig()
+    if file.stem.startswith("benchmark"):
+        from uni3d.benchmark.settings import BenchmarkConfig
+
+        return BenchmarkConfig()
     from uni3d.evaluation.settings import EvaluatorSettings
 
     assert file.stem.startswith("evaluator"), f"{file.name}: tell this test which settings it fills"

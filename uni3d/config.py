@@ -42,6 +42,10 @@ class GuidanceConfig:
     variant: Literal["integral", "exact", "four_term", "detached"] = "integral"
     """Form of uni-instruct: integral needs no network Jacobian; exact and four_term do; detached is as
     published."""
+    first_stage_divergence: str | None = None
+    """Divergence of the first part of the run, before the run's own takes over; none: one stage."""
+    first_stage_share: float = 0.5
+    """Share of the run that the first stage takes."""
     adversarial_weight: float = 0.0
     """Weight of the GAN term that uni-instruct adds to the score terms; 0 leaves it out."""
     views_per_step: int = 1
@@ -62,6 +66,9 @@ class GuidanceConfig:
                     f"guidance.noise_min is {low:g} and guidance.noise_max is {high:g} at {progress:g} of "
                     f"the run; noise_min must stay below noise_max"
                 )
+        if self.first_stage_divergence is not None:
+            parse_divergence(self.first_stage_divergence)
+        check_range("guidance.first_stage_share", self.first_stage_share, 0.0, 1.0)
         check_range("guidance.adversarial_weight", self.adversarial_weight, 0.0, 1e6)
         check_range("guidance.views_per_step", self.views_per_step, 1, 64)
 

@@ -12,6 +12,7 @@ and restored on the way.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,7 +138,8 @@ class SceneOptimiser:
         return StepReport(values, applied)
 
     def _follow_schedules(self) -> None:
-        """Set what of the field changes over the run and is not trained; whenever `step_index` changes."""
+        """Set what changes over the run and is not trained; whenever `step_index` changes."""
+        self.distiller.follow(stage_recipe(self.config, self.progress))
         self.field.set_density_sharpness(self._value(self.config.field.density_sharpness))
 
     @property
@@ -280,7 +282,7 @@ def build_distiller(
     return Distiller(
         teacher,
         contexts,
-        resolve_recipe(config),
+        _most_demanding_recipe(config),
         lora_rank=config.fake_score.lora_rank,
         fake_score_learning_rate=config.fake_score.learning_rate,
         fake_score_updates=config.fake_score.updates_per_step,
@@ -289,6 +291,20 @@ def build_distiller(
         max_log_ratio=config.discriminator.max_log_ratio,
         generator=generator,
     )
+
+
+def stage_recipe(config: TextTo3DConfig, progress: float) -> recipes.Recipe:
+    """The recipe that moves the student when the fraction `progress` of the run is done."""
+    first = config.guidance.first_stage_divergence
+    if first is not None and progress < config.guidance.first_stage_share:
+        return resolve_recipe(dataclasses.replace(config, divergence=first))
+    return resolve_recipe(config)
+
+
+def _most_demanding_recipe(config: TextTo3DConfig) -> recipes.Recipe:
+    """Of a run's stages, the one that needs a discriminator if any does: it must learn from the start."""
+    stages = stage_recipe(config, 0.0), resolve_recipe(config)
+    return max(stages, key=lambda recipe: recipe.needs_discriminator)
 
 
 def resolve_recipe(config: TextTo3DConfig) -> recipes.Recipe:

@@ -44,7 +44,7 @@ from uni3d.prompts import check_prompt, prompt_slug
 from uni3d.resources import weights_folder
 from uni3d.scene.camera import ring_cameras
 from uni3d.scene.regularisers import fog_fraction
-from uni3d.scene_optimiser import SceneOptimiser, resolve_recipe
+from uni3d.scene_optimiser import SceneOptimiser, resolve_recipe, stage_recipe
 from uni3d.training.checkpoint import CheckpointStore, atomic_write, atomic_write_json
 from uni3d.training.run_log import NonFiniteGuard, Progress, RunDirectory
 from uni3d.training.stop import StopFlag
@@ -367,7 +367,8 @@ def _checked(config: TextTo3DConfig) -> TextTo3DConfig:
         if config.output is None and saved.output is not None:
             config = dataclasses.replace(config, output=saved.output, overwrite=saved.overwrite)
     config = dataclasses.replace(config, prompt=check_prompt(config.prompt))
-    resolve_recipe(config)
+    for progress in (0.0, 1.0):
+        stage_recipe(config, progress)
     if config.output is not None:
         check_output_file(config.output, overwrite=config.overwrite)
     return config

@@ -24,6 +24,8 @@ _QUALITY = (
     ("right object, %", "right_object", 100, 0),
     ("right colour, %", "right_colour", 100, 0),
     ("Janus, %", "janus", 100, 0),
+    ("T3Bench quality", "t3bench_best", 1, 1),
+    ("its worst view", "t3bench_worst", 1, 1),
     ("KID", "kernel_distance", 1, 2),
     ("FD", "frechet_distance", 1, 3),
     ("recall, %", "recall", 100, 0),

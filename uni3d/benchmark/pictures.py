@@ -17,7 +17,7 @@ from uni3d.config import TextTo3DConfig
 from uni3d.config_values import Schedule, value_at
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.scene.camera import Cameras
-from uni3d.scene_optimiser import StepReport, build_distiller
+from uni3d.scene_optimiser import StepReport, build_distiller, stage_recipe
 from uni3d.training.descent import descend
 
 _INITIAL_STD = 0.5
@@ -60,6 +60,7 @@ class PictureOptimiser:
         view = self.cameras[chosen].conditioning(), self.cameras[chosen].view_words()
         pictures = self.latents[chosen.to(self.latents.device)]
         is_waiting = self._is_warming_up
+        self.distiller.follow(stage_recipe(self.config, self._progress))
         losses = self.distiller.losses(pictures, *view, **self._noise(), train_student=not is_waiting)
         for group in self.optimiser.param_groups:
             group["lr"] = self._value(self.config.optimiser.colour_learning_rate)
@@ -95,5 +96,9 @@ class PictureOptimiser:
             "guidance_scale": self._value(guidance.guidance_scale),
         }
 
+    @property
+    def _progress(self) -> float:
+        return min(self.step_index / self.config.steps, 1.0)
+
     def _value(self, schedule: Schedule) -> float:
-        return value_at(schedule, min(self.step_index / self.config.steps, 1.0))
+        return value_at(schedule, self._progress)

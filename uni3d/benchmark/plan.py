@@ -17,7 +17,7 @@ from uni3d.errors import ConfigError, UsageError
 from uni3d.evaluation.benchmark_nouns import read_prompts
 from uni3d.prompts import check_prompt
 from uni3d.resources import resource_path
-from uni3d.scene_optimiser import resolve_recipe
+from uni3d.scene_optimiser import stage_recipe
 from uni3d.training.checkpoint import atomic_write_text
 
 SHIPPED_VARIANTS = ("methods", "ablations")
@@ -58,7 +58,8 @@ def chosen_variants(config: BenchmarkConfig) -> dict[str, TextTo3DConfig]:
         raise ConfigError(f"the baseline '{config.baseline}' is not among the methods; add it to them")
     for name, settings in chosen.items():
         try:
-            resolve_recipe(settings)
+            stage_recipe(settings, 0.0)
+            stage_recipe(settings, 1.0)
         except ConfigError as error:
             raise ConfigError(f"variant '{name}': {error}") from error
     return chosen

@@ -37,6 +37,7 @@ from uni3d.config_loader import config_to_dict
 from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import UsageError
 from uni3d.evaluation.evaluator import Evaluator
+from uni3d.evaluation.image_reward import ImageReward
 from uni3d.evaluation.retrieval import ClipEmbedding
 from uni3d.evaluation.settings import MeshQualitySettings
 from uni3d.resources import weights_folder
@@ -230,12 +231,15 @@ def _judges(config: BenchmarkConfig, device: str) -> Judges:
         fov_y_deg=settings.fov_y_deg,
     )
     named = [name for name in (config.judges.clip, config.judges.hpsv2) if name is not None]
+    folder = config.judges.image_reward
+    rewarder = None if folder is None else ImageReward(folder, device=device)
     return Judges(
         Evaluator.load(config.evaluator, device=device),
         [ClipEmbedding(name, device=device) for name in named],
         cameras,
         settings,
         shows_meshes=config.scene == "field",
+        reward=None if rewarder is None else rewarder.score,
     )
 
 

@@ -23,6 +23,7 @@ from uni3d.evaluation.fidelity_metrics import kernel_distance, precision_recall
 from uni3d.evaluation.mesh_quality import MeshItem, judge_mesh
 from uni3d.evaluation.retrieval import JointEmbedding, retrieve
 from uni3d.evaluation.settings import MeshQualitySettings
+from uni3d.evaluation.t3bench import Reward, t3bench_quality
 from uni3d.scene.camera import Cameras
 from uni3d.training.checkpoint import atomic_write
 
@@ -52,7 +53,7 @@ class EvaluatorEmbedding:
 class Judges:
     """Who judges, and from where.
 
-    `embeddings` beside the evaluator's: CLIP, HPSv2. `shows_meshes` is False for the pictures of the 2-D mode,
+    `embeddings` beside the evaluator's: CLIP, HPSv2. `reward` adds T3Bench's quality. `shows_meshes` is False for the pictures of the 2-D mode,
     which can have no Janus: they are not one object.
     """
 
@@ -61,6 +62,7 @@ class Judges:
     cameras: Cameras
     settings: MeshQualitySettings
     shows_meshes: bool
+    reward: Reward | None = None
 
     @property
     def all_embeddings(self) -> list[JointEmbedding]:
@@ -84,6 +86,11 @@ def judge_product(
     verdict = asdict(judged.score) | {"path": product.path.name}
     if not judges.shows_meshes:
         verdict |= {"is_janus": None, "front_quadrants": []}
+    if judges.reward is not None and judges.shows_meshes:
+        is_lost = judged.score.error is not None or judged.score.is_empty
+        quality = None if is_lost else t3bench_quality(product.path, prompt, judges.reward)
+        # 0 to 100 is its scale; what cannot be seen gets the worst rather than what a black picture gets.
+        verdict["t3bench"] = {"best": 0.0, "mean": 0.0, "worst": 0.0} if quality is None else asdict(quality)
     if judged.rendered is not None:
         write_views(folder / "views.npz", judged.rendered.images)
     if judged.rendered is not None and judged.output is not None:
@@ -170,6 +177,8 @@ def run_figures(record: Mapping[str, Any], *, shows_meshes: bool) -> dict[str, f
     for name, key in _VERDICTS.items():
         if verdict[key] is not None:
             figures[name] = float(verdict[key])
+    for name, value in verdict.get("t3bench", {}).items():
+        figures[f"t3bench_{name}"] = value
     if shows_meshes:
         mesh, match = record["figures"].get("mesh"), record["figures"].get("field_match")
         figures["closed"] = float(mesh is not None and mesh["closed"] and mesh["outward"])

@@ -36,6 +36,7 @@ FORMAT = "uni3d-benchmark-summary-1"
 HIGHER_IS_BETTER = (
     "alignment", "worst_view", "r_precision", "views_first", "right_object", "right_colour", "right_view",
     "precision", "recall", "vendi", "pair_distance", "closed", "one_piece", "as_field",
+    "t3bench_best", "t3bench_mean", "t3bench_worst",
 )  # fmt: skip
 LOWER_IS_BETTER = ("janus", "foggy", "failed", "kernel_distance", "frechet_distance", "seconds", "passes", "peak_gib")
 

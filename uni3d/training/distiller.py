@@ -62,6 +62,7 @@ class Distiller:
         self.teacher = teacher
         self.contexts = contexts
         self.recipe = recipe
+        self._student_recipe = recipe
         self.max_log_ratio = max_log_ratio
         self.generator = generator
         self.fake_score_updates = fake_score_updates
@@ -79,6 +80,25 @@ class Distiller:
         self.normaliser: RatioNormaliser | None = None
         self.real_latents: RealLatents | None = None
         self._guidance: ScoreDistillation | None = None
+
+    def follow(self, recipe: Recipe) -> None:
+        """Move the student by `recipe` from now on, for runs of several stages.
+
+        Fake score and discriminator are those of the recipe that the distiller was built with and go on
+        learning. Raises ValueError if `recipe` needs one that is not there.
+        """
+        for part, is_needed, is_there in (
+            ("fake score", recipe.needs_fake_score, self.recipe.needs_fake_score),
+            ("discriminator", recipe.needs_discriminator, self.recipe.needs_discriminator),
+        ):
+            if is_needed and not is_there:
+                raise ValueError(
+                    f"{recipe.name} with {recipe.divergence.name} needs a {part}, which this distiller was built "
+                    f"without; build it with that recipe"
+                )
+        self._student_recipe = recipe
+        if self._guidance is not None:
+            self._guidance.recipe = recipe
 
     def prepare(
         self,
@@ -134,6 +154,7 @@ class Distiller:
             real_latents=self.real_latents,
             max_log_ratio=self.max_log_ratio,
         )
+        self._guidance.recipe = self._student_recipe
 
     def losses(
         self,
