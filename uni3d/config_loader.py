@@ -74,7 +74,9 @@ def load_variants(path: str | Path, base: T, *, over: Mapping[str, T] | None = N
     for name_node, node in root.value:
         name = name_node.value if isinstance(name_node, yaml.ScalarNode) else ""
         if not _VARIANT_NAME.fullmatch(name):
-            reader.fail(name_node, f"a variant is called {_describe(name_node)}; use letters, digits, '-' and '.'")
+            reader.fail(
+                name_node, f"a variant is called {_describe(name_node)}; use letters, digits, '-' and '.'"
+            )
         if name in variants:
             reader.fail(name_node, f"variant '{name}' is given twice; keep one of them")
         if over is not None and name not in over:

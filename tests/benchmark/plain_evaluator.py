@@ -21,7 +21,9 @@ class PlainEvaluator:
     """Has the methods of `Evaluator` that a benchmark calls."""
 
     def __init__(self) -> None:
-        self.benchmark_nouns = [BenchmarkNoun(name, front, 1, (name,)) for name, front in (("chair", True), ("vase", False))]
+        self.benchmark_nouns = [
+            BenchmarkNoun(name, front, 1, (name,)) for name, front in (("chair", True), ("vase", False))
+        ]
         self.vocabulary = type("Anything", (), {"knows": lambda self, text: True})()
         self.network = type("Network", (), {"config": type("Config", (), {"image_size": 16})()})()
 

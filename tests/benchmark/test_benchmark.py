@@ -104,9 +104,7 @@ def test_methods_get_equal_passes(finished: Any) -> None:
     assert with_samples["steps"]["mean"] == 2 and limit / 2 < with_samples["passes"]["mean"] <= limit
 
 
-def test_a_finished_benchmark_is_read_not_made_again(
-    finished: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_benchmark_is_read_not_made_again(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, summary = finished
     monkeypatch.setattr(PictureBackend, "make", lambda *_: pytest.fail("made again"))
     fewer = program.benchmark(dataclasses.replace(settings, seeds=(0,)))
@@ -143,7 +141,8 @@ def violations(value: Any, schema: dict[str, Any], root: dict[str, Any], path: s
     if "const" in schema or "enum" in schema:
         return [] if value in schema.get("enum", [schema.get("const")]) else [f"{path} is {value!r}"]
     if "type" in schema and (
-        not isinstance(value, _TYPES[schema["type"]]) or (isinstance(value, bool) and schema["type"] != "boolean")
+        not isinstance(value, _TYPES[schema["type"]])
+        or (isinstance(value, bool) and schema["type"] != "boolean")
     ):
         return [f"{path} is no {schema['type']}"]
     found = [f"{path} lacks {key}" for key in schema.get("required", ()) if key not in value]

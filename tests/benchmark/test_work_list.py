@@ -1,4 +1,4 @@
-"""Sharing of work: no job twice, none lost with a process that dies, failed ones kept until asked for again."""
+"""Sharing of work: no job twice, none lost with a process that dies, failed ones kept until asked for."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_the_interval_is_the_difference_of_noises() -> None:
 
 
 def gradient(name: str, num_levels: int) -> Tensor:
-    """Of the student's loss for samples of an unguided Gaussian teacher, noise inverted along `num_levels`."""
+    """Of the student's loss for samples of an unguided Gaussian teacher, noise inverted in `num_levels`."""
     x0 = samples().requires_grad_()
     sigmas = levels(1.5, num_levels)
     inverted = ddim_inversion(gaussian(), x0.detach(), sigmas)
@@ -82,7 +82,7 @@ def test_ism_without_guidance_vanishes_with_the_interval() -> None:
 
 
 def test_sdi_pulls_a_sample_of_a_gaussian_to_its_mean() -> None:
-    """D(x_t) - x0 = (x0 - mean)(s / sqrt(s^2 + sigma^2) - 1) along the exact flow: the same for every seed."""
+    """D(x_t) - x0 = (x0 - mean)(s / sqrt(s^2 + sigma^2) - 1) along the exact flow, for every seed."""
     expected = (samples() - MEAN) * (1 - STD / (STD**2 + 1.5**2) ** 0.5)
     torch.testing.assert_close(gradient("sdi", 2001), expected, atol=2e-3, rtol=0)
 

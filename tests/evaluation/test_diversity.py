@@ -32,7 +32,9 @@ def test_vendi_score_counts_different_members() -> None:
 def test_diversity_compares_the_same_view_of_each_result() -> None:
     views = unit(4, 8)
     same = matched_diversity(torch.stack([views, views, views]))
-    assert same is not None and same.vendi == pytest.approx(1) and same.distance == pytest.approx(0, abs=1e-12)
+    assert (
+        same is not None and same.vendi == pytest.approx(1) and same.distance == pytest.approx(0, abs=1e-12)
+    )
     # The same views in another order are different results.
     turned = matched_diversity(torch.stack([views, views.roll(1, 0)]))
     assert turned is not None and turned.vendi > 1.1

@@ -26,13 +26,19 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     tokenizer = train_tokenizer(["a", "red", "chair", "blue", "vase"], context_length=8)
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 8, "eos_token_id": tokenizer.eos_token_id}
+    text = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 8,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     config = CLIPConfig(
         text_config=small | text, vision_config=small | {"image_size": 16, "patch_size": 8}, projection_dim=8
     )
     folder = tmp_path_factory.mktemp("clip")
     CLIPModel(config).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
+        folder
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -42,7 +48,9 @@ def test_clip_embeds_as_its_own_processor_and_model_do(clip_folder: Path) -> Non
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
     clip = ClipEmbedding(clip_folder)
-    pixels = torch.randint(0, 256, (2, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 256, (2, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     texts = ["a red chair", "a vase"]
     pictures = [Image.fromarray(picture.numpy()) for picture in pixels]
     model = CLIPModel.from_pretrained(clip_folder).eval()

@@ -66,13 +66,15 @@ class Backend(Protocol):
 
 
 def _each(make: Any, runs: Sequence[tuple[TextTo3DConfig, Path]]) -> list[Product | Exception]:
-    """One after the other. A run that fails is an outcome of the benchmark, so what it raises is handed on."""
+    """One after the other. A run that fails is an outcome of the benchmark, so its error is handed on."""
     results: list[Product | Exception] = []
     for config, folder in runs:
         try:
             results.append(make(config, folder))
         except Exception as error:
-            logger.warning("'%s' by %s, seed %d, failed: %s", config.prompt, config.method, config.seed, error)
+            logger.warning(
+                "'%s' by %s, seed %d, failed: %s", config.prompt, config.method, config.seed, error
+            )
             results.append(error)
     return results
 

@@ -113,8 +113,8 @@ class StepCost:
         steps = int((limit - prepare) / step)
         if steps < 1:
             raise UsageError(
-                f"{limit:g} {kind} do not cover one step: {prepare:g} go into teacher samples and {step:g} into "
-                f"each step; raise budget.{kind}, or lower run.discriminator.num_real_samples"
+                f"{limit:g} {kind} do not cover one step: {prepare:g} go into teacher samples and {step:g} "
+                f"into each step; raise budget.{kind}, or lower run.discriminator.num_real_samples"
             )
         return steps
 
@@ -156,9 +156,7 @@ def measure_step_cost(backend: OptimiserFactory, config: TextTo3DConfig) -> Step
         with PassCounter(backend.teacher) as steps:
             for point in _PILOT_POINTS:
                 optimiser.step_index = round(point * PILOT_STEPS)
-                taken = [
-                    _seconds(optimiser.step, backend.teacher.device) for _ in range(_STEPS_PER_POINT)
-                ]
+                taken = [_seconds(optimiser.step, backend.teacher.device) for _ in range(_STEPS_PER_POINT)]
                 seconds += taken[1:]  # the first one at a new resolution warms caches up
     finally:
         optimiser.close()

@@ -29,7 +29,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "system": platform.platform(),
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch",
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
         "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
         "cuda": torch.version.cuda if is_cuda else None,
     }

@@ -1,4 +1,4 @@
-"""What people look at: the table in Markdown, contact sheets, and plots of quality against time and diversity."""
+"""What people look at: the table in Markdown, contact sheets, plots of quality against time and diversity."""
 
 from __future__ import annotations
 
@@ -71,11 +71,18 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
     rows = summary["rows"]
     for budget in dict.fromkeys(row["budget"] for row in rows):
         chosen = [row for row in rows if row["budget"] == budget]
-        lines += ["", f"**At equal {budget}**" if budget != "steps" else "**At the steps of the settings**", ""]
+        lines += [
+            "",
+            f"**At equal {budget}**" if budget != "steps" else "**At the steps of the settings**",
+            "",
+        ]
         teacher = [("teacher's own samples", summary["teacher"])] if summary["teacher"] else []
         quality = [(row["method"], row["figures"]) for row in chosen] + teacher
         lines += _table(quality, _QUALITY, with_interval=True)
-        lines += ["", *_table([(row["method"], row["figures"]) for row in chosen], _COSTS, with_interval=False)]
+        lines += [
+            "",
+            *_table([(row["method"], row["figures"]) for row in chosen], _COSTS, with_interval=False),
+        ]
     if summary["failures"]:
         lines += ["", f"{len(summary['failures'])} runs failed; summary.json says which and why."]
     return "\n".join(lines) + "\n"
@@ -89,15 +96,19 @@ def _table(
 ) -> list[str]:
     shown = [column for column in columns if any(column[1] in figures for _, figures in rows)]
     cells = [
-        [name, *(_cell(figures.get(key), key, factor, digits, with_interval) for _, key, factor, digits in shown)]
+        [
+            name,
+            *(
+                _cell(figures.get(key), key, factor, digits, with_interval)
+                for _, key, factor, digits in shown
+            ),
+        ]
         for name, figures in rows
     ]
     return markdown_table(["method", *(title for title, *_ in shown)], cells)
 
 
-def _cell(
-    figure: Mapping[str, Any] | None, key: str, factor: float, digits: int, with_interval: bool
-) -> str:
+def _cell(figure: Mapping[str, Any] | None, key: str, factor: float, digits: int, with_interval: bool) -> str:
     if figure is None:
         return "-"
     mean, low, high = (f"{factor * figure[part]:.{digits}f}" for part in ("mean", "low", "high"))
@@ -140,7 +151,8 @@ def _write_plots(summary: Mapping[str, Any], folder: Path) -> None:
         ]
         if points:
             title = "markers by budget: " + ", ".join(
-                f"{marker} {budget}" for marker, budget in zip(("disc", "square", "triangle"), budgets, strict=False)
+                f"{marker} {budget}"
+                for marker, budget in zip(("disc", "square", "triangle"), budgets, strict=False)
             )
             write_scatter(
                 points, folder / f"quality_{name}.png", title=title, x_label=label, y_label="R-precision"

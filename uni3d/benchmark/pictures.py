@@ -27,7 +27,7 @@ class PictureOptimiser:
     """Optimises a picture for each of `cameras` towards `config.prompt` under `teacher`.
 
     Each step looks at `guidance.views_per_step` of the views in turn; the learning rate is
-    `optimiser.colour_learning_rate`, of latents here. Other settings of field, renderer and mesh are not read.
+    `optimiser.colour_learning_rate`, of latents here. Settings of field, renderer and mesh are not read.
     """
 
     def __init__(self, config: TextTo3DConfig, teacher: LatentDiffusionTeacher, cameras: Cameras) -> None:

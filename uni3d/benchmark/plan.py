@@ -105,7 +105,9 @@ def candidate_settings(
     """For each variant the settings that tuning tries, by name: the same grid of factors for every one."""
     grid = list(itertools.product(config.tuning.guidance_factors, config.tuning.rate_factors))
     return {
-        name: {f"{name}.g{guidance:g}.r{rate:g}": _scaled(settings, guidance, rate) for guidance, rate in grid}
+        name: {
+            f"{name}.g{guidance:g}.r{rate:g}": _scaled(settings, guidance, rate) for guidance, rate in grid
+        }
         for name, settings in variants.items()
     }
 
@@ -127,7 +129,7 @@ def _times(schedule: Schedule, factor: float) -> Schedule:
 
 
 def tuned_yaml(chosen: Mapping[str, TextTo3DConfig], remarks: Mapping[str, str]) -> str:
-    """What `BenchmarkConfig.tuned` reads: the tuned settings of each variant, under a remark on their merit."""
+    """What `BenchmarkConfig.tuned` reads: the tuned settings of each variant under a remark."""
 
     def pairs(schedule: Schedule) -> str:
         return str([list(pair) for pair in schedule])

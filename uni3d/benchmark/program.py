@@ -1,7 +1,7 @@
 """PROGRAM 3, from settings to summary. Any number of processes may run it on one folder at once.
 
-    python -m uni3d benchmark --config configs/benchmark.yaml --output bench      # once, twice, on each GPU
-    torchrun --nproc-per-node 8 -m uni3d benchmark --config configs/benchmark.yaml --output bench
+python -m uni3d benchmark --config configs/benchmark.yaml --output bench      # once, twice, on each GPU
+torchrun --nproc-per-node 8 -m uni3d benchmark --config configs/benchmark.yaml --output bench
 """
 
 from __future__ import annotations
@@ -129,9 +129,7 @@ class _Session:
             for prompt in prompts:
                 self.samples.draw(prompt, wait=True)
                 _leave_if_asked(stop)
-        summary = summarise(
-            self.config, self.work, self.judges, self.samples, all_prompts(self.config)
-        )
+        summary = summarise(self.config, self.work, self.judges, self.samples, all_prompts(self.config))
         atomic_write_json(self.folder / "summary.json", summary)
         write_pages(summary, self.folder, self.work, prompts)
         return summary
@@ -146,7 +144,9 @@ class _Session:
                 self._make(jobs)
                 num_made += len(jobs)
             if not self.config.quiet:
-                logger.info("%d runs made here, the last by %s: '%s'", num_made, jobs[-1].method, jobs[-1].prompt)
+                logger.info(
+                    "%d runs made here, the last by %s: '%s'", num_made, jobs[-1].method, jobs[-1].prompt
+                )
             _leave_if_asked(stop)
 
     def _make(self, jobs: list[Job]) -> None:
@@ -241,6 +241,3 @@ def _judges(config: BenchmarkConfig, device: str) -> Judges:
         shows_meshes=config.scene == "field",
         reward=None if rewarder is None else rewarder.score,
     )
-
-
-

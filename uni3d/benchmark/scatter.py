@@ -57,7 +57,10 @@ def write_scatter(points: Sequence[Point], path: Path, *, title: str, x_label: s
         _draw_point(pen, point, x_axis, y_axis, colour)
     for index, label in enumerate(labels):
         top = _TOP + 18 * index
-        pen.rectangle((_SIZE[0] - _RIGHT + 14, top + 3, _SIZE[0] - _RIGHT + 24, top + 13), _COLOURS[index % len(_COLOURS)])
+        pen.rectangle(
+            (_SIZE[0] - _RIGHT + 14, top + 3, _SIZE[0] - _RIGHT + 24, top + 13),
+            _COLOURS[index % len(_COLOURS)],
+        )
         pen.text((_SIZE[0] - _RIGHT + 30, top), label, fill=_INK, font=font)
     return atomic_write(path, lambda temporary: picture.save(temporary, format="PNG"))
 

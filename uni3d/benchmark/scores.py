@@ -53,8 +53,8 @@ class EvaluatorEmbedding:
 class Judges:
     """Who judges, and from where.
 
-    `embeddings` beside the evaluator's: CLIP, HPSv2. `reward` adds T3Bench's quality. `shows_meshes` is False for the pictures of the 2-D mode,
-    which can have no Janus: they are not one object.
+    `embeddings` are those beside the evaluator's: CLIP, HPSv2. `reward` adds the quality of T3Bench.
+    `shows_meshes` is False for the pictures of the 2-D mode, which can have no Janus.
     """
 
     evaluator: Evaluator
@@ -135,9 +135,7 @@ class Space:
         }
 
 
-def group_figures(
-    views: Sequence[Tensor | None], teacher: Tensor | None, blank: Tensor
-) -> dict[str, float]:
+def group_figures(views: Sequence[Tensor | None], teacher: Tensor | None, blank: Tensor) -> dict[str, float]:
     """Diversity of the results of one prompt, and their distance to the teacher's samples of it.
 
     `views` [V, E] of each result, None where it failed; `teacher` [K, V, E] or None. The kernel distance is

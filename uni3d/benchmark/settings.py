@@ -19,7 +19,7 @@ class BudgetConfig:
     """What every method may spend on one result, its teacher samples included."""
 
     kinds: tuple[BudgetKind, ...] = ("passes", "seconds")
-    """Compare at equal network passes, at equal seconds of guidance, or at the steps that the settings say."""
+    """Compare at equal network passes, at equal seconds of guidance, or at the steps of the settings."""
     passes: float = 2000.0
     """Network passes of one sample: forward 1, encoder half 1/2, backward as much again."""
     seconds: float = 120.0

@@ -38,7 +38,16 @@ HIGHER_IS_BETTER = (
     "precision", "recall", "vendi", "pair_distance", "closed", "one_piece", "as_field",
     "t3bench_best", "t3bench_mean", "t3bench_worst",
 )  # fmt: skip
-LOWER_IS_BETTER = ("janus", "foggy", "failed", "kernel_distance", "frechet_distance", "seconds", "passes", "peak_gib")
+LOWER_IS_BETTER = (
+    "janus",
+    "foggy",
+    "failed",
+    "kernel_distance",
+    "frechet_distance",
+    "seconds",
+    "passes",
+    "peak_gib",
+)
 
 PromptFigures = dict[str, float]
 
@@ -82,7 +91,9 @@ def summarise(
                 "budget": budget,
                 "method": method,
                 "num_runs": sum(map(len, groups.values())),
-                "num_failed": sum(run.record["error"] is not None for group in groups.values() for run in group),
+                "num_failed": sum(
+                    run.record["error"] is not None for group in groups.values() for run in group
+                ),
                 "figures": _row_figures(per_prompt, baseline, config.num_bootstrap)
                 | _frechet(groups, teacher, spaces[0], config.num_bootstrap),
             }
@@ -100,7 +111,9 @@ def summarise(
         "views": len(judges.cameras),
         "rows": rows,
         "teacher": _teacher_row(teacher, spaces[0], candidates, config.num_bootstrap),
-        "failures": [{**run.job.as_dict(), "error": run.record["error"]} for run in runs if run.record["error"]],
+        "failures": [
+            {**run.job.as_dict(), "error": run.record["error"]} for run in runs if run.record["error"]
+        ],
         "machines": _distinct(run.record["machine"] for run in runs),
         "settings": settings_of(config),
         "variants": _variant_settings(runs),
@@ -218,9 +231,7 @@ def _frechet(
     return {"frechet_distance": {**rate.as_dict(), "versus_baseline": None}}
 
 
-def _teacher_embeddings(
-    samples: TeacherSamples, judges: Judges, prompts: Sequence[str]
-) -> dict[str, Tensor]:
+def _teacher_embeddings(samples: TeacherSamples, judges: Judges, prompts: Sequence[str]) -> dict[str, Tensor]:
     """By prompt, the evaluator's embeddings [K, V, E] of the teacher's samples; {} where none are drawn."""
     if samples.settings.teacher_samples_per_view == 0:
         return {}

@@ -22,9 +22,7 @@ class Inversion(NamedTuple):
 
 
 @torch.no_grad()
-def ddim_inversion(
-    predict_x0: Callable[[Tensor, Tensor], Tensor], x0: Tensor, sigmas: Tensor
-) -> Inversion:
+def ddim_inversion(predict_x0: Callable[[Tensor, Tensor], Tensor], x0: Tensor, sigmas: Tensor) -> Inversion:
     """Carry clean samples `x0` [B, ...] along the rising levels `sigmas` [N, B], N >= 2.
 
     The first level should be small: it is reached by scaling nothing, x = x0, as published inversions do.

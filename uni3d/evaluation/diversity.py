@@ -31,7 +31,9 @@ def vendi_score(similarity: Tensor) -> float:
     2023, equation 2). Raises UsageError for another shape or no members.
     """
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or len(similarity) == 0:
-        raise UsageError(f"got similarities of shape {tuple(similarity.shape)}; expected [G, G] with G of 1 or more")
+        raise UsageError(
+            f"got similarities of shape {tuple(similarity.shape)}; expected [G, G] with G of 1 or more"
+        )
     share = torch.linalg.eigvalsh(similarity.double() / len(similarity)).clamp(min=0)
     share = share / share.sum()
     return float(torch.special.entr(share).sum().exp())

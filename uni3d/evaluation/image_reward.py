@@ -45,8 +45,8 @@ class ImageReward:
         folder = Path(folder)
         if not (folder / HEAD_FILE).is_file():
             raise MissingWeightsError(
-                f"'{folder}' has no {HEAD_FILE}; pass a folder with ImageReward as uni3d.evaluation.image_reward "
-                f"describes it"
+                f"'{folder}' has no {HEAD_FILE}; pass a folder with ImageReward as "
+                f"uni3d.evaluation.image_reward describes it"
             )
         try:
             blip = BlipForImageTextRetrieval.from_pretrained(str(folder), use_safetensors=True)
@@ -59,7 +59,9 @@ class ImageReward:
             self._head.load_state_dict(load_file(folder / HEAD_FILE))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise UsageError(f"'{folder / HEAD_FILE}' does not fit its BLIP ({reason}); take both from one model") from error
+            raise UsageError(
+                f"'{folder / HEAD_FILE}' does not fit its BLIP ({reason}); take both from one model"
+            ) from error
 
     @torch.no_grad()
     def score(self, images: Tensor, prompt: str) -> Tensor:
@@ -67,12 +69,16 @@ class ImageReward:
         tokens = self._tokenizer(
             prompt, padding="max_length", truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
         ).to(self._blip.device)
-        parts = [self._score(images[start : start + _BATCH], tokens) for start in range(0, len(images), _BATCH)]
+        parts = [
+            self._score(images[start : start + _BATCH], tokens) for start in range(0, len(images), _BATCH)
+        ]
         return torch.cat(parts)
 
     def _score(self, images: Tensor, tokens: Any) -> Tensor:
         size = int(self._blip.config.vision_config.image_size)
-        pixels = functional.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = functional.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).clamp(
+            0, 1
+        )
         mean, std = (torch.tensor(values)[:, None, None] for values in (_PIXEL_MEAN, _PIXEL_STD))
         seen = self._blip.vision_model(((pixels - mean) / std).to(self._blip.device)).last_hidden_state
         text = self._blip.text_encoder(

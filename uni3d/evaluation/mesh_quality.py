@@ -87,7 +87,7 @@ class MeshScore:
 
 @dataclass(frozen=True)
 class JudgedMesh:
-    """A mesh's verdicts, its views, and what the evaluator saw in them: None where there was nothing to see."""
+    """A mesh's verdicts, its views, and what the evaluator saw: None where there was nothing to see."""
 
     score: MeshScore
     rendered: RenderedMesh | None = None
@@ -179,7 +179,7 @@ def judge_mesh(
     settings: MeshQualitySettings,
     render: RenderFn = render_mesh,
 ) -> JudgedMesh:
-    """Look at one mesh from `cameras` at `size` pixels; one that cannot be read or is empty is wrong throughout."""
+    """Look at one mesh from `cameras` at `size` pixels; one that cannot be read or is empty is all wrong."""
     asked = parse_prompt(item.prompt)
     front = asked.noun in HAS_FRONT
     known: dict[str, Any] = {

@@ -53,7 +53,9 @@ def retrieve(similarity: Tensor, asked: int) -> Retrieval:
     A tie with another prompt counts as lost: a blank view matches everything alike.
     """
     if similarity.ndim != 2 or len(similarity) == 0 or not 0 <= asked < similarity.shape[1]:
-        raise UsageError(f"got similarities of shape {tuple(similarity.shape)} and prompt {asked}; expected [V, T]")
+        raise UsageError(
+            f"got similarities of shape {tuple(similarity.shape)} and prompt {asked}; expected [V, T]"
+        )
     own = similarity[:, asked]
     others = torch.cat([similarity[:, :asked], similarity[:, asked + 1 :]], dim=1)
     if others.shape[1] == 0:
@@ -101,7 +103,9 @@ class ClipEmbedding:
         size = (self._size, self._size)
         pixels = functional.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
         pixels = ((pixels - self._mean) / self._std).to(self._model.device)
-        return functional.normalize(_pooled(self._model.get_image_features(pixel_values=pixels)), dim=-1).cpu()
+        return functional.normalize(
+            _pooled(self._model.get_image_features(pixel_values=pixels)), dim=-1
+        ).cpu()
 
     @torch.no_grad()
     def text_embeddings(self, texts: Sequence[str]) -> Tensor:

@@ -80,7 +80,9 @@ def paired_difference(
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
-        raise UsageError(f"got {first.size} and {second.size} values to compare in pairs; expected equal numbers")
+        raise UsageError(
+            f"got {first.size} and {second.size} values to compare in pairs; expected equal numbers"
+        )
     difference = first - second
     rate = bootstrap_rate(difference, num_resamples=num_resamples, seed=seed)
     if rate is None:

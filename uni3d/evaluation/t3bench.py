@@ -35,7 +35,7 @@ Reward = Callable[[Tensor, str], Tensor]
 
 @dataclass(frozen=True)
 class SphereQuality:
-    """On T3Bench's scale: `best` is its quality score, `mean` and `worst` are of the smoothed views as well."""
+    """On T3Bench's scale: `best` is its quality; `mean` and `worst` are of the smoothed views as well."""
 
     best: float
     mean: float
@@ -48,7 +48,9 @@ def viewpoints() -> tuple[NDArray[np.float64], list[list[int]]]:
     return np.asarray(sphere.vertices, dtype=np.float64), [list(row) for row in sphere.vertex_neighbors]
 
 
-def sphere_quality(scores: Tensor, neighbours: list[list[int]], *, num_rounds: int = NUM_ROUNDS) -> SphereQuality:
+def sphere_quality(
+    scores: Tensor, neighbours: list[list[int]], *, num_rounds: int = NUM_ROUNDS
+) -> SphereQuality:
     """From rewards [P, L] of viewpoints and lenses; `neighbours` of each viewpoint."""
     values = scores.double().max(dim=1).values
     mixing = torch.eye(len(values), dtype=torch.float64)

@@ -131,11 +131,13 @@ class Recipe:
         f = self.divergence
         if (self.noise == "inverted") != (self.inversion_steps > 0):
             raise ValueError(
-                f"{self.name}: noise={self.noise!r} with {self.inversion_steps} inversion_steps; inverted noise "
-                f"takes at least one step, fresh noise none"
+                f"{self.name}: noise={self.noise!r} with {self.inversion_steps} inversion_steps; "
+                f"inverted noise takes at least one step, fresh noise none"
             )
         if self.student == "interval" and self.noise != "inverted":
-            raise ValueError(f"{self.name}: student='interval' is a step of an inversion; pass noise='inverted'")
+            raise ValueError(
+                f"{self.name}: student='interval' is a step of an inversion; pass noise='inverted'"
+            )
         if not f.is_constant and self.form in ("sid", "sim"):
             raise ValueError(
                 f"{self.name} is defined for reverse_kl, got {f.name}: use uni_instruct for other divergences"

@@ -93,8 +93,8 @@ class Distiller:
         ):
             if is_needed and not is_there:
                 raise ValueError(
-                    f"{recipe.name} with {recipe.divergence.name} needs a {part}, which this distiller was built "
-                    f"without; build it with that recipe"
+                    f"{recipe.name} with {recipe.divergence.name} needs a {part}, which this distiller was "
+                    f"built without; build it with that recipe"
                 )
         self._student_recipe = recipe
         if self._guidance is not None:
