@@ -14,13 +14,17 @@ from PIL import Image
 from plain_evaluator import PlainEvaluator
 
 from uni3d.benchmark import program
-from uni3d.benchmark.backends import PictureBackend, Product
+from uni3d.benchmark.backends import FieldBackend, PictureBackend, Product, read_views
 from uni3d.benchmark.pages import summary_markdown
+from uni3d.benchmark.scores import Judges, judge_product, read_embeddings, run_figures
 from uni3d.benchmark.settings import BenchmarkConfig, BudgetConfig, TuningConfig, ViewsConfig
-from uni3d.config import DiscriminatorConfig, TextTo3DConfig
+from uni3d.config import DiscriminatorConfig, FieldConfig, MeshConfig, RendererConfig, TextTo3DConfig
 from uni3d.config_loader import load_variants
+from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import ConfigError
+from uni3d.evaluation.settings import MeshQualitySettings
 from uni3d.resources import resource_path
+from uni3d.scene.camera import Cameras
 
 PROMPTS = ("a red chair", "a blue vase")
 FAILING = "sds"
@@ -227,3 +231,47 @@ def test_mistakes_are_found_before_any_run(
     monkeypatch.setattr(program, "PictureBackend", _Unreachable)
     with pytest.raises(ValueError, match=message):
         program.benchmark(config(tmp_path, tiny_teacher_folder, **changes))
+
+
+def test_a_field_becomes_a_mesh_that_is_judged_and_shown(tmp_path: Path, tiny_teacher_folder: Path) -> None:
+    run = TextTo3DConfig(
+        prompt="a red chair",
+        teacher=str(tiny_teacher_folder),
+        device="cpu",
+        method="sds",
+        steps=2,
+        field=FieldConfig(resolutions=(8,)),
+        renderer=RendererConfig(resolution=((0.0, 16.0),), samples_per_ray=16),
+        mesh=MeshConfig(resolution=24, texture_size=64, max_triangles=300, turntable_frames=2),
+    )
+    backend = FieldBackend(LatentDiffusionTeacher.from_pretrained(tiny_teacher_folder))
+    lost = dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, iso_level=1e8))
+    for name in ("made", "lost"):
+        (tmp_path / name).mkdir()
+    made, failed = backend.make([(run, tmp_path / "made"), (lost, tmp_path / "lost")])
+    assert isinstance(failed, Exception) and isinstance(made, Product)
+    assert made.costs["passes"]["total"] == 4 and made.costs["peak_memory_bytes"] > 2**20
+    assert made.figures["mesh"]["triangles"] > 10 and (tmp_path / "made" / "turntable.mp4").is_file()
+
+    evaluator: Any = PlainEvaluator()
+    cameras = Cameras.from_lists([0.0, 90.0, 180.0, 270.0], [15.0] * 4)
+    judges = Judges(evaluator, [], cameras, MeshQualitySettings(), shows_meshes=True)
+    record = {
+        "error": None,
+        "costs": made.costs,
+        "figures": made.figures,
+        "verdict": judge_product(made, run.prompt, 0, judges, backend, tmp_path / "made"),
+    }
+    figures = run_figures(record, shows_meshes=True)
+    assert {"closed", "one_piece", "as_field", "janus", "right_object", "seconds"} <= set(figures)
+    assert read_views(tmp_path / "made" / "views.npz").shape == (4, 3, 16, 16)
+    assert read_embeddings(tmp_path / "made")["evaluator"].shape == (4, evaluator.text_features(["a"]).shape[1])
+
+    nothing = Product(tmp_path / "lost" / "nothing.glb", {}, {})
+    verdict = judge_product(nothing, run.prompt, 0, judges, backend, tmp_path / "lost")
+    worst = run_figures(
+        {"error": "no surface", "costs": {}, "figures": {}, "verdict": verdict}, shows_meshes=True
+    )
+    assert worst["failed"] == 1 and worst["janus"] == 1
+    assert worst["closed"] == worst["right_object"] == worst["right_colour"] == worst["as_field"] == 0
+    assert read_embeddings(tmp_path / "lost") == {}

@@ -81,6 +81,8 @@ def test_a_folder_keeps_its_settings(tmp_path: Path) -> None:
     hold_settings(tmp_path, config)
     assert load_config(tmp_path / "benchmark.yaml", BenchmarkConfig()) == config
     hold_settings(tmp_path, dataclasses.replace(config, seeds=(5,), methods=("sds", "vsd-prolific")))
+    # Each process may have a GPU of its own.
+    hold_settings(tmp_path, dataclasses.replace(config, run=TextTo3DConfig(device="cuda:1")))
     with pytest.raises(ConfigError, match="other settings of budget, run; choose another --output"):
         changed = dataclasses.replace(config, budget=BudgetConfig(passes=3), run=TextTo3DConfig(steps=7))
         hold_settings(tmp_path, changed)

@@ -99,12 +99,15 @@ class FieldBackend:
 
     def _make(self, config: TextTo3DConfig, folder: Path) -> Product:
         with PeakMemory(self.teacher.device) as memory, PassCounter(self.teacher) as counter:
-            result = self._pipeline(config.prompt, seed=config.seed, config=config)
+            result = self._pipeline(
+                config.prompt, negative_prompt=config.negative_prompt, seed=config.seed, config=config
+            )
         path = result.save(folder / "mesh.glb")
         if self._turntables:
             write_turntable(path, folder / "turntable.mp4", frames=config.mesh.turntable_frames or 60)
         costs = _costs(config, counter, memory, result.seconds)
-        return Product(path, costs, {"mesh": mesh_report(path), **result.report})
+        mesh = {name: value for name, value in mesh_report(path).items() if name not in ("path", "extras")}
+        return Product(path, costs, {"mesh": mesh, **result.report})
 
     def views(self, path: Path, cameras: Cameras, size: int, settings: MeshQualitySettings) -> RenderedMesh:
         """As `Backend`."""

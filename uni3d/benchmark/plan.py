@@ -90,13 +90,19 @@ def hold_settings(folder: Path, config: BenchmarkConfig) -> None:
         if not file.is_file():
             atomic_write_text(file, config_to_yaml(config))
             return
-        before, now = config_to_dict(load_config(file, BenchmarkConfig())), config_to_dict(config)
-        changed = [key for key in now if key not in _MAY_CHANGE and before[key] != now[key]]
+        before, now = _held(load_config(file, BenchmarkConfig())), _held(config)
+        changed = [key for key in now if before[key] != now[key]]
         if changed:
             raise ConfigError(
                 f"'{folder}' holds a benchmark with other settings of {', '.join(changed)}; choose another "
                 f"--output, or the settings of {file}"
             )
+
+
+def _held(config: BenchmarkConfig) -> dict[str, Any]:
+    """The settings that all runs of one folder share; which device makes them is each process's own matter."""
+    plain = config_to_dict(dataclasses.replace(config, run=dataclasses.replace(config.run, device="auto")))
+    return {key: value for key, value in plain.items() if key not in _MAY_CHANGE}
 
 
 def candidate_settings(
