@@ -265,7 +265,10 @@ def test_a_field_becomes_a_mesh_that_is_judged_and_shown(tmp_path: Path, tiny_te
     figures = run_figures(record, shows_meshes=True)
     assert {"closed", "one_piece", "as_field", "janus", "right_object", "seconds"} <= set(figures)
     assert read_views(tmp_path / "made" / "views.npz").shape == (4, 3, 16, 16)
-    assert read_embeddings(tmp_path / "made")["evaluator"].shape == (4, evaluator.text_features(["a"]).shape[1])
+    assert read_embeddings(tmp_path / "made")["evaluator"].shape == (
+        4,
+        evaluator.text_features(["a"]).shape[1],
+    )
 
     nothing = Product(tmp_path / "lost" / "nothing.glb", {}, {})
     verdict = judge_product(nothing, run.prompt, 0, judges, backend, tmp_path / "lost")

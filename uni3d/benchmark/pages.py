@@ -78,7 +78,15 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
         ]
         teacher = [("teacher's own samples", summary["teacher"])] if summary["teacher"] else []
         quality = [(row["method"], row["figures"]) for row in chosen] + teacher
-        lines += _table(quality, _QUALITY, with_interval=True)
+        others = [
+            column
+            for judge in summary["judges"][1:]
+            for column in (
+                (f"{judge}, R-precision, %", f"{judge}.r_precision", 100, 0),
+                (f"{judge}, cosine", f"{judge}.alignment", 1, 3),
+            )
+        ]
+        lines += _table(quality, [*_QUALITY, *others], with_interval=True)
         lines += [
             "",
             *_table([(row["method"], row["figures"]) for row in chosen], _COSTS, with_interval=False),
@@ -120,6 +128,7 @@ def _mark(versus: Mapping[str, float] | None, key: str) -> str:
     if versus is None or versus["low"] <= 0 <= versus["high"]:
         return ""
     is_higher = versus["low"] > 0
+    key = key.rpartition(".")[2]  # without the judge's name
     if key in HIGHER_IS_BETTER:
         return " +" if is_higher else " -"
     return (" -" if is_higher else " +") if key in LOWER_IS_BETTER else ""

@@ -100,7 +100,7 @@ def hold_settings(folder: Path, config: BenchmarkConfig) -> None:
 
 
 def _held(config: BenchmarkConfig) -> dict[str, Any]:
-    """The settings that all runs of one folder share; which device makes them is each process's own matter."""
+    """The settings that all runs of one folder share; the device is each process's own matter."""
     plain = config_to_dict(dataclasses.replace(config, run=dataclasses.replace(config.run, device="auto")))
     return {key: value for key, value in plain.items() if key not in _MAY_CHANGE}
 

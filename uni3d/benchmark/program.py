@@ -230,12 +230,16 @@ def _judges(config: BenchmarkConfig, device: str) -> Judges:
         radius=settings.radius,
         fov_y_deg=settings.fov_y_deg,
     )
-    named = [name for name in (config.judges.clip, config.judges.hpsv2) if name is not None]
+    named = {"clip": config.judges.clip, "hpsv2": config.judges.hpsv2}
     folder = config.judges.image_reward
     rewarder = None if folder is None else ImageReward(folder, device=device)
     return Judges(
         Evaluator.load(config.evaluator, device=device),
-        [ClipEmbedding(name, device=device) for name in named],
+        [
+            ClipEmbedding(name, title=title, device=device)
+            for title, name in named.items()
+            if name is not None
+        ],
         cameras,
         settings,
         shows_meshes=config.scene == "field",

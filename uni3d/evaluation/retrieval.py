@@ -71,13 +71,16 @@ def retrieve(similarity: Tensor, asked: int) -> Retrieval:
 class ClipEmbedding:
     """CLIP, or a model of its classes such as HPSv2, by transformers: a hub id or a folder; safetensors only.
 
-    The cosine of HPSv2 is its preference score. Raises MissingWeightsError if nothing can be loaded.
+    The cosine of HPSv2 is its preference score; `title` then says so in reports. Raises MissingWeightsError
+    if nothing can be loaded.
     """
 
-    def __init__(self, name_or_path: str | Path, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, name_or_path: str | Path, *, title: str = "clip", device: torch.device | str = "cpu"
+    ) -> None:
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-        self.name = f"clip:{name_or_path}"
+        self.name = f"{title}:{Path(name_or_path).name}"
         try:
             model = CLIPModel.from_pretrained(str(name_or_path), use_safetensors=True)
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(name_or_path))
