@@ -180,7 +180,14 @@ def test_pages_show_every_method_and_the_teacher(finished: Any) -> None:
 def test_tuning_tries_the_same_number_of_settings_for_each_method(
     tmp_path: Path, tiny_teacher_folder: Path
 ) -> None:
-    settings = config(tmp_path, tiny_teacher_folder, methods=("sds", "vsd-prolific"), seeds=(0,), tune=True)
+    settings = config(
+        tmp_path,
+        tiny_teacher_folder,
+        methods=("sds", "vsd-prolific"),
+        seeds=(0,),
+        limit_prompts=1,
+        tune=True,
+    )
     settings = dataclasses.replace(
         settings,
         tuning_prompts=settings.prompts,

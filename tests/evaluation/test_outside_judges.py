@@ -86,7 +86,10 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = BlipConfig(
         text_config=small | text | special, vision_config=small | {"image_size": 16, "patch_size": 8}
     )
-    BlipForImageTextRetrieval(config).save_pretrained(folder)
+    blip = BlipForImageTextRetrieval(config)
+    for parameter in blip.parameters():  # initial weights are too small for a picture to make a difference
+        parameter.data.mul_(20 if parameter.ndim > 1 else 1)
+    blip.save_pretrained(folder)
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     save_file(reward_head(16).state_dict(), folder / HEAD_FILE)
     return folder
@@ -137,7 +140,7 @@ def test_a_mesh_is_judged_from_every_side() -> None:
     def reward(images: torch.Tensor, prompt: str) -> torch.Tensor:
         seen.append(images)
         assert prompt == "a box"
-        return images.mean(dim=(1, 2, 3))
+        return 1 - images.mean(dim=(1, 2, 3))
 
     quality = t3bench_quality(BOX, "a box", reward, size=8)
     assert [len(images) for images in seen] == [162] * 5

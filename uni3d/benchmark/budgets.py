@@ -27,7 +27,7 @@ from uni3d.training.checkpoint import atomic_write_json
 
 PILOT_STEPS = 400
 _PILOT_POINTS = (0.3, 0.6, 0.9)
-_STEPS_PER_POINT = 3
+_STEPS_PER_POINT = 2
 
 
 @dataclass
