@@ -37,8 +37,9 @@ class PictureOptimiser:
         self.step_index = 0
         self.generator = torch.Generator().manual_seed(config.seed)
         start = torch.randn(len(cameras), *teacher.latent_shape, generator=self.generator)
-        self.latents = nn.Parameter((_INITIAL_STD * start).to(teacher.device))
-        self.optimiser = torch.optim.Adam([self.latents], betas=(0.9, 0.99))
+        # One parameter for each view: one that is not looked at has no gradient and does not drift on.
+        self._latents = [nn.Parameter(view) for view in (_INITIAL_STD * start).to(teacher.device)]
+        self.optimiser = torch.optim.Adam(self._latents, betas=(0.9, 0.99))
         self.distiller = build_distiller(config, teacher, self.generator)
 
     def prepare(self) -> None:
@@ -58,14 +59,14 @@ class PictureOptimiser:
         num = min(self.config.guidance.views_per_step, len(self.cameras))
         chosen = (self.step_index * num + torch.arange(num)) % len(self.cameras)
         view = self.cameras[chosen].conditioning(), self.cameras[chosen].view_words()
-        pictures = self.latents[chosen.to(self.latents.device)]
+        pictures = torch.stack([self._latents[index] for index in chosen.tolist()])
         is_waiting = self._is_warming_up
         self.distiller.follow(stage_recipe(self.config, self._progress))
         losses = self.distiller.losses(pictures, *view, **self._noise(), train_student=not is_waiting)
         for group in self.optimiser.param_groups:
             group["lr"] = self._value(self.config.optimiser.colour_learning_rate)
         applied = descend(
-            losses.student, self.optimiser, [self.latents], self.config.optimiser.max_gradient_norm
+            losses.student, self.optimiser, self._latents, self.config.optimiser.max_gradient_norm
         )
         applied &= self.distiller.train(
             losses,
@@ -76,9 +77,14 @@ class PictureOptimiser:
         self.step_index += 1
         return StepReport({name: float(value) for name, value in losses.statistics.items()}, applied)
 
+    @property
+    def latents(self) -> Tensor:
+        """A copy of the pictures as latents, float32 [V, C, H, W]."""
+        return torch.stack([view.detach() for view in self._latents])
+
     def pictures(self) -> Tensor:
         """Images float32 [V, 3, h, w] in [0, 1], one for each camera."""
-        return self.teacher.decode_latents(self.latents.detach())
+        return self.teacher.decode_latents(self.latents)
 
     def close(self) -> None:
         """Take the fake score's adapters off the shared teacher."""

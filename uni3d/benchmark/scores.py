@@ -97,7 +97,10 @@ def judge_product(
         embeddings = {EVALUATOR: judged.output.embedding.numpy()}
         for judge in judges.embeddings:
             embeddings[judge.name] = judge.image_embeddings(judged.rendered.images).numpy()
-        atomic_write(folder / "embeddings.npz", lambda temporary: np.savez(temporary, **embeddings))
+        atomic_write(
+            folder / "embeddings.npz",
+            lambda temporary: np.savez(temporary, **embeddings),  # pyright: ignore[reportArgumentType]
+        )
     return verdict
 
 
