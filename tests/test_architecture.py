@@ -53,6 +53,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "presets",
         "prompts",
         "text_to_3d",
+        "data.captions",
+        "mesh.gltf_validator",
         "scene.camera",
         "__version__",
         "outputs",

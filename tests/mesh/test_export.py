@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from painted_box import CENTRE, HALF_SIZES, SIDE_COLOURS
 from uni3d.errors import Uni3DError, UsageError
 from uni3d.mesh import export
 from uni3d.mesh.export import write_glb, write_mesh, write_obj, write_ply
+from uni3d.mesh.gltf_validator import VALIDATOR_VARIABLE, validate_glb, validator_package
 from uni3d.mesh.raycaster import Raycaster, load_renderable
 from uni3d.mesh.report import load_in_scene, mesh_report, read_extras
 from uni3d.mesh.surface import Surface
@@ -191,44 +189,32 @@ def test_an_empty_or_inconsistent_mesh_is_refused(box_mesh: TexturedMesh, tmp_pa
         write_glb(replace(box_mesh, faces=box_mesh.faces + 10**6), tmp_path / "box.glb")
 
 
-VALIDATOR = """
-const validator = require(process.argv[1]);
-const bytes = new Uint8Array(require("fs").readFileSync(process.argv[2]));
-validator.validateBytes(bytes).then(report => console.log(JSON.stringify(report.issues)));
-"""
-
-
-def _validator_package() -> Path | None:
-    """The npm package gltf-validator: in $UNI3D_GLTF_VALIDATOR (itself or where it was installed) or here."""
-    roots = [os.environ.get("UNI3D_GLTF_VALIDATOR"), Path(__file__).resolve().parents[2], Path.cwd()]
-    for root in filter(None, roots):
-        for candidate in (Path(root), Path(root) / "node_modules" / "gltf-validator"):
-            if (candidate / "gltf_validator.dart.js").is_file():
-                return candidate
-    return None
-
-
 @pytest.mark.parametrize("unlit", [True, False])
 @pytest.mark.parametrize("max_bytes", [5_000_000, 150_000])
 def test_gltf_validator_finds_nothing(
     box_mesh: TexturedMesh, tmp_path: Path, unlit: bool, max_bytes: int
 ) -> None:
-    package, node = _validator_package(), shutil.which("node")
-    if package is None or node is None:
+    if validator_package() is None:
         pytest.skip("needs node and `npm install gltf-validator` (folder in UNI3D_GLTF_VALIDATOR)")
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     mesh = replace(box_mesh, texture=noise)
     path = write_glb(mesh, tmp_path / "box.glb", EXTRAS, unlit=unlit, max_bytes=max_bytes)
-    done = subprocess.run(
-        [node, "-e", VALIDATOR, str(package.resolve()), str(path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    issues = json.loads(done.stdout)
-    assert issues["numErrors"] == 0 and issues["numWarnings"] == 0, issues["messages"]
-    assert issues["numHints"] == 0 and issues["numInfos"] == 0, issues["messages"]
+    found = validate_glb(path)
+    assert found == {"errors": 0, "warnings": 0, "infos": 0, "hints": 0, "messages": []}
+
+
+def test_gltf_validator_counts_what_it_finds(box_mesh: TexturedMesh, tmp_path: Path) -> None:
+    if validator_package() is None:
+        pytest.skip("needs node and `npm install gltf-validator` (folder in UNI3D_GLTF_VALIDATOR)")
+    path = write_glb(box_mesh, tmp_path / "box.glb", EXTRAS)
+    path.write_bytes(path.read_bytes()[:-40])
+    found = validate_glb(path)
+    assert found is not None and found["errors"] > 0 and found["messages"]
+
+
+def test_without_gltf_validator_there_is_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VALIDATOR_VARIABLE, str(tmp_path))
+    assert validator_package() is None and validate_glb(tmp_path / "box.glb") is None
 
 
 def test_what_is_written_is_sound(box_mesh: TexturedMesh, tmp_path: Path) -> None:
