@@ -79,6 +79,10 @@ def visitor_from(headers: Any) -> str | None:
     return visitor_of(cookie.value) if cookie is not None and _SECRET.fullmatch(cookie.value) else None
 
 
+class _TooLargeError(Exception):
+    """The body of a request is larger than any order."""
+
+
 class VisitorGate:
     """ASGI middleware around gradio's application."""
 
@@ -107,7 +111,10 @@ class VisitorGate:
             await _refuse(429, "too many attempts; try again in a minute")(scope, receive, send)
         else:
             answer = self._answer(path, visitor, scope["method"])
-            await answer(scope, _limited(receive), send)
+            try:
+                await answer(scope, _limited(receive), send)
+            except _TooLargeError:
+                await _refuse(413, "too large")(scope, receive, send)
 
     def _is_guessing(self, scope: Scope) -> bool:
         """Whether too many passwords have come from this address within a minute; counts this one."""
@@ -179,14 +186,16 @@ def _refuse(status: int, reason: str) -> PlainTextResponse:
 
 
 def _limited(receive: Receive) -> Receive:
-    """`receive` for a body that does not say how long it is: beyond the limit the visitor seems gone."""
+    """`receive` for a body that does not say how long it is; beyond the limit, _TooLargeError."""
     received = 0
 
     async def wrapped() -> Message:
         nonlocal received
         message = await receive()
         received += len(message.get("body", b""))
-        return {"type": "http.disconnect"} if received > MAX_REQUEST_BYTES else message
+        if received > MAX_REQUEST_BYTES:
+            raise _TooLargeError
+        return message
 
     return wrapped
 

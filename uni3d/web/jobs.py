@@ -70,6 +70,7 @@ CREATE TABLE IF NOT EXISTS jobs (
 CREATE INDEX IF NOT EXISTS jobs_by_visitor ON jobs (visitor, number);
 CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, number);
 """
+_ORDER = "num_fruitless_starts, number"
 # Visitors without cookies are new ones every time: an address may have this many times the share of one.
 _VISITORS_PER_ADDRESS = 3
 
@@ -211,7 +212,12 @@ class JobStore:
 
     def before(self, job: Job) -> list[Job]:
         """The jobs of whomever that come before this one, first to last."""
-        return self._many("state IN ('queued', 'running') AND number < ? ORDER BY number", job.number)
+        return self._many(
+            "state = 'running' OR (state = 'queued' AND (num_fruitless_starts, number) < (?, ?)) "
+            f"ORDER BY state = 'queued', {_ORDER}",
+            job.num_fruitless_starts,
+            job.number,
+        )
 
     def usual_seconds(self, quality: str, num_steps: int, method: str | None = None) -> float | None:
         """Median time of the last jobs of this quality, length (and method) here; None before the first."""
@@ -226,7 +232,7 @@ class JobStore:
     # ------------------------------------------------------------------ what the worker does
 
     def recover(self) -> list[Job]:
-        """Put what a dead worker left back into the queue; returns all that waits, oldest first.
+        """Put what a dead worker left back into the queue; returns all that waits, as `waiting` does.
 
         A job that its visitor had cancelled is cancelled, and one that took down worker after worker fails.
         Only a worker that is alone may call this.
@@ -257,8 +263,8 @@ class JobStore:
         return self.waiting()
 
     def waiting(self) -> list[Job]:
-        """The jobs that wait, oldest first."""
-        return self._many("state = 'queued' ORDER BY number")
+        """The jobs that wait, oldest first; one that took down a worker lets the others go before it."""
+        return self._many(f"state = 'queued' ORDER BY {_ORDER}")
 
     def claim(self, job_id: str) -> Job | None:
         """Make a waiting job the running one; None if it no longer waits, so no job is run twice."""

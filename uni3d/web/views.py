@@ -19,8 +19,8 @@ CSS = """
 .gradio-container {max-width: 1180px !important; margin: 0 auto !important;}
 .u3-status {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px 14px;}
 .u3-status p {margin: 0; color: var(--body-text-color); overflow-wrap: anywhere;}
-.u3-status .u3-small, .u3-small {color: var(--neutral-600); font-size: 0.9em; margin-top: 4px;}
-.dark .u3-status .u3-small, .dark .u3-small {color: var(--neutral-300);}
+.u3-status .u3-small, .u3-small {font-size: 0.9em; margin-top: 4px;
+  color: color-mix(in srgb, var(--body-text-color) 75%, var(--body-background-fill));}
 .u3-status progress {width: 100%; height: 10px; margin: 8px 0 4px; appearance: none; border: 0;
   border-radius: 5px; overflow: hidden; background: var(--border-color-primary);}
 .u3-status progress::-webkit-progress-bar {background: var(--border-color-primary);}
