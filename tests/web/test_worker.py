@@ -17,6 +17,7 @@ from web_fixtures import ALICE, BOB, STUB_WORKER, place, settings_in, wait_for
 
 from uni3d.web.job_queue import JobQueue
 from uni3d.web.jobs import Job, JobStore
+from uni3d.web.progress import JobProgress
 from uni3d.web.settings import WebSettings
 from uni3d.web.supervisor import Supervisor
 from uni3d.web.worker import Worker, _sentence
@@ -180,6 +181,20 @@ def test_the_machine_is_measured_while_nobody_waits(tmp_path: Path) -> None:
     stopping = threading.Event()
     Worker(store.settings, lambda job, *rest: tried.append(job.prompt), stopping, trial).work()
     assert tried == ["begun", "a red chair", "begun", "ended"]
+
+
+def test_the_time_of_a_job_holds_what_comes_after_its_steps(tmp_path: Path) -> None:
+    store = JobStore(settings_in(tmp_path))
+
+    def make(job: Job, settings: WebSettings, folder: Path, progress: JobProgress) -> None:
+        progress.step(job.num_steps, 0.0)
+        time.sleep(0.3)
+        stopping.set()
+
+    stopping = threading.Event()
+    job = place(store, JobQueue(store.settings.folder))
+    Worker(store.settings, make, stopping).work()
+    assert _get(store, job).state == "done" and _get(store, job).seconds_worked >= 0.3
 
 
 def test_a_job_over_its_time_fails(tmp_path: Path) -> None:

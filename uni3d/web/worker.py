@@ -143,6 +143,7 @@ class Worker:
         try:
             progress.leave_if_asked()
             self._make(job, self.settings, folder, progress)
+            progress.end()
         except JobCancelled:
             return "cancelled", CANCELLED_BY_VISITOR
         except (WorkerStopped, Interrupted):
