@@ -149,7 +149,7 @@ def test_progress_moves_and_a_reload_goes_on(visit: Any, served: Served) -> None
 
 def test_cancelling(visit: Any, served: Served) -> None:
     page = visit(served)
-    _order(page, "a slow chair that nobody wants")
+    _order(page, "a very slow chair that nobody wants")
     _wait_for(page, "step")
     page.click("#cancel")
     _wait_for(page, "Cancelled at step")
