@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -144,6 +145,7 @@ def faults(
         "jobs": jobs,
         "done": states.count("Done"),
         "lost": jobs - states.count("Done"),
+        "states": dict(Counter(states)),
         "listed": listed,
         "made_twice": _made_twice(folder) if stub else None,
     }
