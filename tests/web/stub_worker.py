@@ -1,8 +1,8 @@
 """A worker whose jobs take a few fast steps without torch, with a checkpoint after every one.
 
 The prompt may steer it: "fail" meets a clear error, "fault" an unforeseen one, "die" ends the process, "slow"
-takes a tenth of a second for each step, "very slow" a second. Each finished make is one line of made.txt in the
-server's folder.
+takes a tenth of a second for each step, "very slow" a second. Each finished make is one line of made.txt in
+the server's folder.
 """
 
 from __future__ import annotations
