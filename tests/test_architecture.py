@@ -16,15 +16,17 @@ MAX_LINES = 600
 # Light modules without torch that any room but `losses` may use.
 PLAIN = {"errors", "resources"}
 ATOMIC_WRITE = {"training.checkpoint"}
+# Torch alone: what lets several scenes share one pass.
+STACKS = {"random_streams", "parameter_stack"}
 
 # Room or module -> what of uni3d it may import, "losses" standing for everything below uni3d.losses.
 MAY_IMPORT: dict[str, set[str]] = {
     "losses": set(),
-    "diffusion": {"losses.noise_schedule", *PLAIN, *ATOMIC_WRITE},
-    "scene": {*PLAIN, *ATOMIC_WRITE},
+    "diffusion": {"losses.noise_schedule", *STACKS, *PLAIN, *ATOMIC_WRITE},
+    "scene": {*STACKS, *PLAIN, *ATOMIC_WRITE},
     "mesh": {"scene", "outputs", *PLAIN, *ATOMIC_WRITE},
     "data": {"scene.camera", "mesh.raycaster", "mesh.renderable", *PLAIN, *ATOMIC_WRITE},
-    "training": {"losses", "diffusion", *PLAIN},
+    "training": {"losses", "diffusion", *STACKS, *PLAIN},
     "evaluation": {
         "data",
         "mesh",
@@ -53,6 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "presets",
         "prompts",
         "text_to_3d",
+        "data.captions",
+        "mesh.gltf_validator",
         "scene.camera",
         "__version__",
         "outputs",
@@ -70,13 +74,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         *PLAIN,
     },
     # The plain layer: settings and checks, standard library and YAML only.
+    "random_streams": set(),
+    "parameter_stack": set(),
     "errors": set(),
     "config_values": {"errors"},
-    "config": {"config_values", "errors"},
+    "config": {"config_values", "stages_config", "errors"},
+    "stages_config": {"config_values", "errors"},
+    "refine_config": {"config", "stages_config", "config_values", "errors"},
     "config_loader": {"config_values", "errors"},
     "resources": {"errors"},
     "prompts": {"errors"},
     "outputs": {"errors"},
+    "scene_requests": {"outputs", "prompts", "errors"},
+    "memory": {"config", "config_values", "stages_config", "diffusion", "errors"},
     "presets": {"config", "config_loader", "resources"},
     # The command line: programs and rooms only inside command functions.
     "cli": {"config_values", "errors"},
@@ -84,10 +94,31 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 # May import everything but the command line.
-PROGRAMS = ("text_to_3d", "scene_optimiser")
+PROGRAMS = (
+    "text_to_3d",
+    "scene_optimiser",
+    "mesh_optimiser",
+    "stages",
+    "step_loop",
+    "refine",
+    "scene_batch",
+    "scene_meshes",
+    "many_scenes",
+    "particles",
+    "shared_run",
+    "memory_benchmark",
+    "network_setup",
+    "step_benchmark",
+    "threestudio_step",
+    "random_teacher",
+    "benchmark",
+)
 # Import at the top only plain modules; what they run is imported inside functions.
 COMMANDS = (
+    "benchmark_commands",
     "commands",
+    "batch_commands",
+    "refine_commands",
     "dataset_commands",
     "edm_commands",
     "image_commands",
@@ -98,6 +129,7 @@ COMMANDS = (
     "cli_parsing",
 )
 PLAIN_LAYER = {
+    "batch_commands",
     "cli",
     "cli_parsing",
     "config",
@@ -107,20 +139,27 @@ PLAIN_LAYER = {
     "outputs",
     "presets",
     "prompts",
+    "refine_config",
     "resources",
+    "scene_requests",
+    "stages_config",
     "teacher.settings",
     "evaluation.settings",
     "distillation.settings",
+    "benchmark.settings",
 }
 WITHOUT_TORCH = (
     "errors",
     "config_values",
     "config",
+    "stages_config",
+    "refine_config",
     "config_loader",
     "resources",
     "prompts",
     "outputs",
     "presets",
+    "scene_requests",
 )
 
 

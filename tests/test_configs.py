@@ -17,16 +17,20 @@ from uni3d.config_loader import config_to_dict, config_to_yaml, load_config
 from uni3d.config_values import DIVERGENCE_NAMES, METHOD_NAMES, parse_divergence, value_at
 from uni3d.errors import ConfigError
 from uni3d.presets import load_run_config, quality_preset
+from uni3d.refine_config import RefineConfig
 from uni3d.resources import resource_path, weights_folder
 
 CONFIGS = resource_path("configs")
+RECIPES = ("sds_", "vsd_", "csd", "uni_instruct_")
 ONE_RUN_KEYS = {"prompt", "negative_prompt", "output", "runs_folder", "resume", "overwrite", "quiet", "json"}
 
 
 def schema_of(file: Path) -> Any:
     """The settings that a file of configs/ fills, by its name."""
-    if file.stem.startswith("text_to_3d"):
+    if file.stem.startswith(("text_to_3d", "stages", "uni_instruct", *RECIPES)):
         return TextTo3DConfig()
+    if file.stem == "refine":
+        return RefineConfig()
     if file.stem.startswith("teacher"):
         from uni3d.teacher.settings import TeacherConfig
 
@@ -35,6 +39,10 @@ def schema_of(file: Path) -> Any:
         from uni3d.distillation.settings import DistillConfig, TeacherTrainingConfig
 
         return DistillConfig() if file.stem.startswith("distill") else TeacherTrainingConfig()
+    if file.stem.startswith("benchmark"):
+        from uni3d.benchmark.settings import BenchmarkConfig
+
+        return BenchmarkConfig()
     from uni3d.evaluation.settings import EvaluatorSettings
 
     assert file.stem.startswith("evaluator"), f"{file.name}: tell this test which settings it fills"
@@ -78,7 +86,7 @@ def test_yaml_round_trip_is_exact(tmp_path: Path) -> None:
     config = dataclasses.replace(
         config,
         negative_prompt="no",
-        fake_score=dataclasses.replace(config.fake_score, learning_rate=1e-05),
+        fake_score=dataclasses.replace(config.fake_score, learning_rate=((0.0, 1e-05),)),
         mesh=dataclasses.replace(config.mesh, iso_level=0.1 + 0.2, formats=("glb", "obj")),
     )
     file = tmp_path / "config.yaml"
@@ -172,7 +180,7 @@ def test_values_are_read_by_type(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, text), TextTo3DConfig())
     assert (config.prompt, config.steps, config.seed, config.quiet) == ("1984", 1000, 3, True)
     assert config.output == Path("chair.glb") and config.runs_folder == Path("~")
-    assert config.fake_score.learning_rate == 1e-4 and config.fake_score.lora_rank == 4
+    assert config.fake_score.learning_rate == ((0.0, 1e-4),) and config.fake_score.lora_rank == 4
     assert config.guidance.guidance_scale == ((0.0, 50.0),) and config.guidance.noise_max == ((0.0, 0.9),)
     assert config.mesh.iso_level is None and config.cameras == TextTo3DConfig().cameras
 

@@ -20,7 +20,7 @@ from uni3d.config import (
     RendererConfig,
     TextTo3DConfig,
 )
-from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
+from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import Interrupted, UsageError
 from uni3d.text_to_3d import choose_device, generate
 

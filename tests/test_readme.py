@@ -63,7 +63,7 @@ def test_requirements_are_what_pyproject_says() -> None:
     assert PROJECT["optional-dependencies"]["cuda"] == ["nerfacc==0.5.3"]
 
 
-# What a module is called on the registry, where that differs; None is on no registry and found by probing.
+# What brings a module, where its name differs; None is on no registry and found by probing.
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "yaml": "pyyaml",
@@ -74,6 +74,7 @@ DISTRIBUTIONS = {
     "imageio_ffmpeg": "imageio-ffmpeg",
     "pxr": "usd-core",
     "tinycudann": None,
+    "nvdiffrast": None,
 }
 
 
@@ -104,7 +105,8 @@ def test_licence_and_notice_are_there() -> None:
 
 def test_the_project_speaks_of_itself_alone() -> None:
     """No paths of one machine in what is shipped."""
-    texts = [*ROOT.glob("uni3d/**/*.py"), *ROOT.glob("configs/*"), ROOT / "README.md", ROOT / "NOTICE"]
+    shipped = [*ROOT.glob("uni3d/**/*.py"), *ROOT.glob("configs/**/*.yaml")]
+    texts = [*shipped, ROOT / "README.md", ROOT / "NOTICE"]
     for file in texts:
         found = re.search(r"/(work|root|home)/\w+", file.read_text(encoding="utf-8"))
         assert found is None, f"{file.name}: {found and found[0]}"

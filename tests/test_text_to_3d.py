@@ -22,16 +22,17 @@ from uni3d.config import (
     RendererConfig,
     TextTo3DConfig,
 )
-from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
+from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import ConfigError, TrainingDiverged, UsageError
 from uni3d.mesh.report import mesh_report, read_extras
-from uni3d.scene_optimiser import DEFAULT_DIVERGENCE, SceneOptimiser, resolve_recipe
+from uni3d.scene_optimiser import DEFAULT_DIVERGENCE, SceneOptimiser, choose_backends, resolve_recipe
+from uni3d.step_loop import MemoryStore
 from uni3d.text_to_3d import (
     TextTo3DPipeline,
-    _load_teacher,
-    _MemoryStore,
+    _fingerprint,
     choose_device,
     generate,
+    load_run_teacher,
     provenance,
 )
 
@@ -127,6 +128,16 @@ def test_each_critic_takes_its_own_number_of_updates(
         counts = {int(state["step"]) for state in optimiser.state_dict()[name]["state"].values()}
         assert counts == ({2 * wanted} if wanted else set())
     optimiser.close()
+
+
+def test_a_hash_field_goes_without_the_terms_of_voxels(
+    teacher: LatentDiffusionTeacher, caplog: pytest.LogCaptureFixture
+) -> None:
+    optimiser = SceneOptimiser(_config(method="sds", field=FieldConfig(encoding="hash")), teacher)
+    optimiser.prepare()
+    report = optimiser.step()
+    assert report.finite and "smoothness" not in report.values
+    assert "a hash field has none" in caplog.text
 
 
 @pytest.mark.parametrize("variant", ["integral", "exact", "four_term", "detached"])
@@ -237,7 +248,7 @@ def test_memory_gives_back_what_was_kept(teacher: LatentDiffusionTeacher) -> Non
     optimiser.prepare()
     for _ in range(2):
         optimiser.step()
-    store = _MemoryStore()
+    store = MemoryStore()
     store.save(2, optimiser.state_dict())
     wanted = copy.deepcopy(optimiser.state_dict())
     for _ in range(2):
@@ -303,8 +314,8 @@ def test_every_format_is_sound_and_says_where_it_came_from(tiny_teacher_folder: 
 
 def test_a_prompt_beyond_the_vocabulary_of_any_teacher_draws_a_warning(tiny_teacher_folder: Path) -> None:
     config = _config(teacher=str(tiny_teacher_folder))
-    assert _load_teacher(config, "cpu")[1] is None
-    _, warning = _load_teacher(dataclasses.replace(config, prompt="a corgi"), "cpu")
+    assert load_run_teacher(config, "cpu")[1] is None
+    _, warning = load_run_teacher(dataclasses.replace(config, prompt="a corgi"), "cpu")
     assert warning is not None and warning.startswith("the teacher knows no object named in 'a corgi'")
 
 
@@ -315,3 +326,38 @@ def test_methods_that_need_more_than_a_prompt_and_bad_devices_are_refused() -> N
         resolve_recipe(_config(method="vsd", divergence="js"))
     with pytest.raises(UsageError, match="auto, cpu, cuda"):
         choose_device("abacus")
+
+
+def test_a_renderer_that_cannot_be_had_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    config = _config(runs_folder=runs, device="cpu")
+    for renderer, message in (
+        (RendererConfig(backend="nerfacc"), "renderer 'nerfacc' needs a CUDA device, not 'cpu'"),
+        (RendererConfig(backend="triton", max_samples=9), "triton"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            generate(dataclasses.replace(config, renderer=renderer))
+    assert not runs.exists()
+
+
+def test_who_computes_a_run_may_change_on_the_way() -> None:
+    config = _config()
+    other = dataclasses.replace(
+        config,
+        device="cuda",
+        renderer=dataclasses.replace(config.renderer, backend="triton", max_samples=10_000),
+        field=dataclasses.replace(config.field, encoding_backend="triton"),
+    )
+    assert _fingerprint(other) == _fingerprint(config)
+    finer = dataclasses.replace(config.renderer, samples_per_ray=17)
+    assert _fingerprint(dataclasses.replace(config, renderer=finer)) != _fingerprint(config)
+
+
+def test_too_few_samples_for_the_rays_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("uni3d.scene.backends.triton_problem", lambda device: None)
+    renderer = RendererConfig(backend="auto", resolution=((0.0, 16.0), (1.0, 32.0)), max_samples=2047)
+    config = _config(renderer=renderer)  # two views a step
+    with pytest.raises(ConfigError, match="max_samples is 2047, but a step renders up to 2048 rays"):
+        choose_backends(config, torch.device("cuda"))
+    choose_backends(config, torch.device("cpu"))  # where it limits gradients only

@@ -34,12 +34,14 @@ class Command:
 
 COMMANDS = (
     Command("generate", "make a textured mesh from a prompt", "uni3d.commands:generate"),
+    Command("refine", "retexture or reshape a mesh by a prompt", "uni3d.refine_commands:refine"),
     Command("inspect", "figures of a mesh file and how it was made", "uni3d.commands:inspect"),
     Command(
         "evaluate",
         "score meshes or images",
         "uni3d.evaluation_commands:evaluate",
     ),
+    Command("benchmark", "compare methods over prompts and seeds", "uni3d.benchmark_commands:benchmark"),
     Command("methods", "list the guidance methods and what they cost", "uni3d.commands:methods"),
     Command("doctor", "versions, devices, weights and optional packages", "uni3d.commands:doctor"),
     Command("dataset", "check a set of images, or write it as an EDM zip", "uni3d.dataset_commands:dataset"),

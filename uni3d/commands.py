@@ -16,6 +16,7 @@ from typing import Any, get_args
 import tyro
 
 import uni3d
+from uni3d.batch_commands import generate_many, is_for_many
 from uni3d.cli import be_quiet, results_only
 from uni3d.cli_parsing import option_value, parse_flags
 from uni3d.config import Quality, TextTo3DConfig
@@ -35,6 +36,7 @@ class GenerateOptions(TextTo3DConfig):
 
     Flags win over the file of --config, the file over the values of --quality. A schedule is given as one
     number, or as pairs of fraction of the run and value: --guidance.guidance-scale 0 12 1 6.
+    Many at once: --prompts FILE --output-dir DIR [--seeds 0-3] [--scenes-at-once 8].
     """
 
     prompt: tyro.conf.Positional[str] = ""
@@ -45,6 +47,8 @@ class GenerateOptions(TextTo3DConfig):
 
 def generate(arguments: Sequence[str]) -> int:
     """`uni3d generate`: checks everything that can be checked before the heavy imports."""
+    if is_for_many(arguments):
+        return generate_many(arguments)
     options = read_generate_options(arguments)
     if options.quiet:
         be_quiet()
@@ -54,11 +58,15 @@ def generate(arguments: Sequence[str]) -> int:
         check_output_folder(options.runs_folder)
     if options.output is not None:
         check_output_file(options.output, overwrite=options.overwrite)
-    from uni3d.text_to_3d import generate as run
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from uni3d.shared_run import generate_shared as run
+    else:
+        from uni3d.text_to_3d import generate as run
 
     with results_only() as stdout:
         result = run(options)
-        stdout.write(f"{json.dumps(result.as_dict()) if options.json else result.output}\n")
+        if result is not None:  # in the first of several processes
+            stdout.write(f"{json.dumps(result.as_dict()) if options.json else result.output}\n")
     return 0
 
 
@@ -158,7 +166,8 @@ class DoctorOptions:
 
 
 OPTIONAL_PACKAGES = {
-    "nerfacc": 'faster rendering on a GPU: pip install "uni3d[cuda]"',
+    "triton": "rendering on a GPU: comes with torch's CUDA builds for Linux",
+    "nerfacc": 'another renderer for GPUs: pip install "uni3d[cuda]"',
     "tinycudann": "faster encodings on a GPU: on no registry, see github.com/NVlabs/tiny-cuda-nn",
     "torch-fidelity": 'the Inception-v3 of FID: pip install "uni3d[eval]"',
     "gradio": 'the web page app.py: pip install "uni3d[demo]"',

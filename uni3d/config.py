@@ -24,9 +24,11 @@ from uni3d.config_values import (
     value_at,
 )
 from uni3d.errors import ConfigError
+from uni3d.stages_config import StagesConfig
 
 Quality = Literal["default", "draft"]
 MeshFormat = Literal["glb", "obj", "ply"]
+VRAM_PRESETS = (8, 12, 16, 24, 40)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,18 @@ class GuidanceConfig:
     variant: Literal["integral", "exact", "four_term", "detached"] = "integral"
     """Form of uni-instruct: integral needs no network Jacobian; exact and four_term do; detached is as
     published."""
+    first_stage_divergence: str | None = None
+    """Divergence of the first part of the run, before the run's own takes over; none: one stage."""
+    first_stage_share: float = 0.5
+    """Share of the run that the first stage takes."""
     adversarial_weight: float = 0.0
     """Weight of the GAN term that uni-instruct adds to the score terms; 0 leaves it out."""
+    jac_teacher: bool = True
+    """Differentiate the exact forms through the teacher; false is an ablation."""
+    jac_fake: bool = True
+    """Differentiate the exact forms through the fake score; false is an ablation."""
+    perp_neg: float = 0.0
+    """How strongly guidance keeps away from the prompt's other views (Perp-Neg); 0 leaves it out."""
     views_per_step: int = 1
     """Views rendered and scored in one step."""
     view_prompts: bool = True
@@ -62,7 +74,11 @@ class GuidanceConfig:
                     f"guidance.noise_min is {low:g} and guidance.noise_max is {high:g} at {progress:g} of "
                     f"the run; noise_min must stay below noise_max"
                 )
+        if self.first_stage_divergence is not None:
+            parse_divergence(self.first_stage_divergence)
+        check_range("guidance.first_stage_share", self.first_stage_share, 0.0, 1.0)
         check_range("guidance.adversarial_weight", self.adversarial_weight, 0.0, 1e6)
+        check_range("guidance.perp_neg", self.perp_neg, 0.0, 100.0)
         check_range("guidance.views_per_step", self.views_per_step, 1, 64)
 
 
@@ -150,18 +166,57 @@ class FakeScoreConfig:
 
     lora_rank: int = 8
     """Rank of the LoRA on the attention layers of the teacher's UNet."""
-    learning_rate: float = 1e-3
-    """Its AdamW learning rate."""
+    learning_rate: Schedule = ((0.0, 1e-3),)
+    """Its AdamW learning rate over the run."""
+    weight_decay: float = 0.0
+    """Its AdamW weight decay."""
     updates_per_step: int = 1
     """Updates of the fake score for each step of the field."""
     warmup_steps: int = 20
     """Updates of the fake score before the field starts to move; at most a tenth of the run."""
+    base: str | None = None
+    """A model whose network carries the LoRA, by hub id or directory; none: the teacher's own."""
+    camera: Literal["conditioning", "pose"] = "conditioning"
+    """How it is told the camera: the five numbers of a camera token, or the 4 x 4 pose."""
+    camera_dropout: float = 0.0
+    """How often the camera is hidden from a training sample; above 0 its training takes its own pass."""
+    view_prompts: bool = True
+    """Whether its prompt names the view, as the teacher's does."""
+    weighting: Literal["eps", "v", "x0"] = "v"
+    """Space in which its squared error is taken: the noise, v, or the clean sample."""
+    noise_range: tuple[float, float] | None = None
+    """Its own smallest and largest noise level, as fractions of the timesteps; none: those of the field."""
 
     def __post_init__(self) -> None:
         check_range("fake_score.lora_rank", self.lora_rank, 1, 256)
-        check_range("fake_score.learning_rate", self.learning_rate, 0.0, 1.0)
+        check_schedule("fake_score.learning_rate", self.learning_rate, 0.0, 1.0)
+        check_range("fake_score.weight_decay", self.weight_decay, 0.0, 10.0)
+        check_range("fake_score.camera_dropout", self.camera_dropout, 0.0, 1.0)
+        if self.noise_range is not None:
+            check_pair("fake_score.noise_range", self.noise_range, 0.0, 1.0)
         check_range("fake_score.updates_per_step", self.updates_per_step, 0, 100)
         check_range("fake_score.warmup_steps", self.warmup_steps, 0, 1_000_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworksConfig:
+    """How the teacher's networks are run."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the teacher: auto takes bfloat16 for a downloaded model on a GPU, else float32."""
+    compile: Literal["auto", "off", "compile", "graphs"] = "auto"
+    """compile: torch.compile; graphs: captured CUDA graphs, without a compiler; auto: graphs on a GPU; off:
+    plain execution, to which the others fall back with a warning."""
+    image_size: int | None = None
+    """Side in pixels at which the teacher sees the renders; none: the size it was trained on."""
+    vae_slicing: bool = False
+    """Encode images one by one: less memory for several views."""
+    vae_tiling: bool = False
+    """Encode large images in tiles: less memory, faint seams."""
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            check_range("networks.image_size", self.image_size, 8, 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,8 +341,15 @@ class TextTo3DConfig:
     """Seed of every random choice."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."""
+    vram: int | None = None
+    """8, 12, 16, 24 or 40: fit the run into a GPU of so many gigabytes; none bounds nothing until memory runs
+    out."""
     teacher: str = "embedded"
     """embedded (comes with uni3d), a Stable Diffusion id of the hub, or a directory in that layout."""
+    teacher_lora: Path | None = None
+    """A .safetensors file with a LoRA of the teacher, merged into it."""
+    teacher_lora_scale: float = 1.0
+    """Strength of that LoRA."""
     quality: Quality = "default"
     """default, or draft for a faster and coarser result; a file and flags override its values."""
     method: str = "uni-instruct"
@@ -297,6 +359,10 @@ class TextTo3DConfig:
     none: their own."""
     steps: int = 400
     """Optimisation steps of the field."""
+    particles: int = 1
+    """Fields made for the one prompt, which share the fake score and differ; each becomes a mesh."""
+    particles_per_step: Literal["all", "one"] = "all"
+    """Whether all particles move in a step, or one at random; then `steps` counts for all together."""
     resume: Path | None = None
     """Run directory of an interrupted run to go on with."""
     overwrite: bool = False
@@ -312,14 +378,21 @@ class TextTo3DConfig:
     renderer: RendererConfig = RendererConfig()
     fake_score: FakeScoreConfig = FakeScoreConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    networks: NetworksConfig = NetworksConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     regularisers: RegularisersConfig = RegularisersConfig()
+    stages: StagesConfig = StagesConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0, MAX_SEED)
         check_range("steps", self.steps, 1, 10_000_000)
+        check_range("teacher_lora_scale", self.teacher_lora_scale, -10.0, 10.0)
+        check_range("particles", self.particles, 1, 64)
+        if self.vram is not None and self.vram not in VRAM_PRESETS:
+            expected = ", ".join(map(str, VRAM_PRESETS))
+            raise ConfigError(f"vram is {self.vram}; expected the next smaller of {expected} (gigabytes)")
         check_name("method", self.method.replace("_", "-"), METHOD_NAMES)
         if self.divergence is not None:
             parse_divergence(self.divergence)

@@ -17,7 +17,7 @@ import math
 import re
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -39,6 +39,7 @@ _INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
 _NUMBER = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
 _PLAIN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*[A-Za-z0-9]")
 _YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null")
+_VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}")
 _TAG = "tag:yaml.org,2002:"
 
 T = TypeVar("T")
@@ -55,6 +56,33 @@ def load_config(path: str | Path, base: T) -> T:
     if root is None:
         return base
     return _Reader(file).read_dataclass(root, base, "")
+
+
+def load_variants(path: str | Path, base: T, *, over: Mapping[str, T] | None = None) -> dict[str, T]:
+    """Read a YAML file of named variants, each laid over the dataclass instance `base`, in the file's order.
+
+    With `over`, each is laid over the instance of its own name there instead, which must exist.
+
+    Raises ConfigError as `load_config`, for a name given twice, and for a file without variants.
+    """
+    file = Path(path)
+    root = _compose(_read_text(file), file)
+    reader = _Reader(file)
+    if not isinstance(root, yaml.MappingNode) or not root.value:
+        raise ConfigError(f"{file} names no variants; expected names with keys and values under each")
+    variants: dict[str, T] = {}
+    for name_node, node in root.value:
+        name = name_node.value if isinstance(name_node, yaml.ScalarNode) else ""
+        if not _VARIANT_NAME.fullmatch(name):
+            reader.fail(
+                name_node, f"a variant is called {_describe(name_node)}; use letters, digits, '-' and '.'"
+            )
+        if name in variants:
+            reader.fail(name_node, f"variant '{name}' is given twice; keep one of them")
+        if over is not None and name not in over:
+            reader.fail(name_node, f"unknown variant '{name}'; {suggestion(name, list(over))}")
+        variants[name] = reader.read_dataclass(node, base if over is None else over[name], f"{name}.")
+    return variants
 
 
 def config_to_yaml(config: Any) -> str:

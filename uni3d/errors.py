@@ -35,6 +35,14 @@ class TrainingDiverged(Uni3DError):
     """The optimisation produced non-finite numbers and rolling back did not help."""
 
 
+class OutOfMemory(Uni3DError):
+    """Memory ran out, and there is nothing left to give up."""
+
+
+class ScenesFailed(Uni3DError):
+    """Some of many scenes could not be made; the others are there."""
+
+
 class Interrupted(Uni3DError):
     """Stopped by a signal after the state was saved; the message holds the line that resumes."""
 

@@ -12,19 +12,23 @@ and restored on the way.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from uni3d.config import TextTo3DConfig
+from uni3d.config import RendererConfig, TextTo3DConfig
 from uni3d.config_values import Schedule, value_at
+from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.diffusion.prompt import PromptContexts
-from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
-from uni3d.errors import ConfigError
+from uni3d.errors import ConfigError, UsageError
 from uni3d.losses import recipes
+from uni3d.mesh.extraction import densest_level, extract_surface
+from uni3d.mesh.surface import Surface
 from uni3d.scene.backends import (
     ChosenEncoding,
     ChosenRenderer,
@@ -40,7 +44,11 @@ from uni3d.scene.regularisers import opacity_entropy, opacity_sparsity, total_va
 from uni3d.scene.renderer import RenderOutput
 from uni3d.training.descent import descend
 from uni3d.training.distiller import Distiller
+from uni3d.training.fake_score_law import FakeScoreLaw
 from uni3d.training.guidance import GuidanceLosses
+from uni3d.training.processes import Processes
+
+logger = logging.getLogger(__name__)
 
 # psi = 1 / (1 + r) is bounded and stays near one while the discriminator still tells every render from a
 # sample;
@@ -52,12 +60,29 @@ WHITE = 0.95
 GREY = 0.5
 
 
-@dataclass(frozen=True)
 class StepReport:
-    """Numbers of one step for the log; `finite` says whether the step was applied."""
+    """Numbers of one step for the log; `finite` says whether the step was applied.
 
-    values: dict[str, float]
-    finite: bool
+    They stay on the device until the first of them is read, and come over together.
+    """
+
+    def __init__(self, figures: Mapping[str, Tensor], applied: Tensor) -> None:
+        self._names = list(figures)
+        self._tensors = [figure.detach().float() for figure in (*figures.values(), applied)]
+
+    @functools.cached_property
+    def _numbers(self) -> list[float]:
+        return torch.stack(self._tensors).tolist()
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The figures by name."""
+        return dict(zip(self._names, self._numbers, strict=False))
+
+    @property
+    def finite(self) -> bool:
+        """Whether every gradient was finite and the step was applied."""
+        return bool(self._numbers[-1])
 
 
 class SceneOptimiser:
@@ -66,16 +91,39 @@ class SceneOptimiser:
     Args:
         config: the run; prompt, seed, schedules and weights are read from it.
         teacher: frozen; its network receives the LoRA adapters of the fake score, see `close`.
+        fake_base: the model of `config.fake_score.base`, which receives them instead.
+        processes: each of them renders and scores its share of a step's views; all else is the same in all.
+
+    Raises UsageError for views that cannot be shared out evenly.
     """
 
-    def __init__(self, config: TextTo3DConfig, teacher: LatentDiffusionTeacher) -> None:
+    stage = "field"
+
+    def __init__(
+        self,
+        config: TextTo3DConfig,
+        teacher: LatentDiffusionTeacher,
+        *,
+        fake_base: LatentDiffusionTeacher | None = None,
+        processes: Processes = Processes(),  # noqa: B008 - frozen
+    ) -> None:
+        if config.guidance.views_per_step % processes.num:
+            raise UsageError(
+                f"{config.guidance.views_per_step} views a step cannot be shared by {processes.num} "
+                f"processes; set --guidance.views-per-step to a multiple of {processes.num}"
+            )
         self.config = config
+        self.processes = processes
         self.teacher = teacher
+        check_groups(config, teacher.views_per_group)
         self.device = teacher.device
         self.step_index = 0
         self.generator = torch.Generator().manual_seed(config.seed)
         self._build_scene()
-        self.distiller = self._build_distiller()
+        _warn_of_voxel_terms(config)
+        self.distiller = build_distiller(
+            config, teacher, self.generator, fake_base=fake_base, processes=processes
+        )
         self._follow_schedules()
 
     # ------------------------------------------------------------------ construction
@@ -95,28 +143,6 @@ class SceneOptimiser:
         rates = {name: 1.0 for name in self.field.parameter_group_names}
         self.field_optimiser = torch.optim.Adam(
             self.field.parameter_groups(rates), betas=(0.9, 0.99), eps=1e-15, fused=True
-        )
-
-    def _build_distiller(self) -> Distiller:
-        config = self.config
-        contexts = PromptContexts.encode(
-            self.teacher,
-            config.prompt,
-            config.negative_prompt,
-            use_view_words=config.guidance.view_prompts,
-            use_camera=config.guidance.camera_token,
-        )
-        return Distiller(
-            self.teacher,
-            contexts,
-            resolve_recipe(config),
-            lora_rank=config.fake_score.lora_rank,
-            fake_score_learning_rate=config.fake_score.learning_rate,
-            fake_score_updates=config.fake_score.updates_per_step,
-            discriminator_learning_rate=config.discriminator.learning_rate,
-            discriminator_updates=config.discriminator.updates_per_step,
-            max_log_ratio=config.discriminator.max_log_ratio,
-            generator=self.generator,
         )
 
     def prepare(self, *, before_step: Callable[[], object] | None = None) -> None:
@@ -144,6 +170,11 @@ class SceneOptimiser:
         """Share of the run that is done, in [0, 1]."""
         return min(self.step_index / self.config.steps, 1.0)
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of the run."""
+        return self.config.steps
+
     def step(self) -> StepReport:
         """Render, ask the teacher, move field, fake score and discriminator once. Non-finite gradients
         move nothing."""
@@ -156,19 +187,23 @@ class SceneOptimiser:
         student = losses.student + sum(regularisation.values(), torch.zeros((), device=self.device))
         if self._is_warming_up:  # the field waits, and with it the terms that would shrink it
             student = student.detach()
-        values = {
-            **{name: float(value) for name, value in losses.statistics.items()},
-            **{name: float(value.detach()) for name, value in regularisation.items()},
-            "opacity": float(output.opacity.detach().mean()),
-        }
         applied = self._move_field(student)
-        applied &= self.distiller.train(losses, again=lambda: self._critic_losses(view))
+        self.distiller.set_fake_score_learning_rate(self._value(config.fake_score.learning_rate))
+        applied = applied & self.distiller.train(losses, again=lambda: self._critic_losses(view))
         self.step_index += 1
         self._follow_schedules()
-        return StepReport(values, applied)
+        figures = losses.statistics | regularisation | {"opacity": output.opacity.mean()}
+        return StepReport(self._averaged(figures), applied)
+
+    def _averaged(self, figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The figures of a step, means over the processes."""
+        row = torch.stack([value.detach() for value in figures.values()])
+        self.processes.add_up_([row])
+        return dict(zip(figures, row / self.processes.num, strict=True))
 
     def _follow_schedules(self) -> None:
-        """Set what of the field changes over the run and is not trained; whenever `step_index` changes."""
+        """Set what changes over the run and is not trained; whenever `step_index` changes."""
+        self.distiller.follow(stage_recipe(self.config, self.progress))
         self.field.set_density_sharpness(self._value(self.config.field.density_sharpness))
 
     @property
@@ -182,7 +217,10 @@ class SceneOptimiser:
         config = self.config
         cameras = self._sample_cameras(config.guidance.views_per_step)
         size = round(self._value(config.renderer.resolution))
-        output = self.render(cameras, size, self._backgrounds(len(cameras)), training=True)
+        background = training_backgrounds(config.renderer, len(cameras), self.generator, self.device)
+        own = self.processes.share(len(cameras))
+        cameras, background = cameras[own], background[own]
+        output = self.render(cameras, size, background, training=True)
         return (output.image, cameras.conditioning(), cameras.view_words()), output
 
     def _critic_losses(self, view: View) -> GuidanceLosses:
@@ -199,7 +237,7 @@ class SceneOptimiser:
             "guidance_scale": self._value(guidance.guidance_scale),
         }
 
-    def _move_field(self, student: Tensor) -> bool:
+    def _move_field(self, student: Tensor) -> Tensor:
         config = self.config
         rates = {
             "density": self._value(config.optimiser.density_learning_rate),
@@ -210,7 +248,11 @@ class SceneOptimiser:
         for group in self.field_optimiser.param_groups:
             group["lr"] = rates[group["name"]]
         return descend(
-            student, self.field_optimiser, list(self.field.parameters()), config.optimiser.max_gradient_norm
+            student,
+            self.field_optimiser,
+            list(self.field.parameters()),
+            config.optimiser.max_gradient_norm,
+            self.processes,
         )
 
     def _regularisation(self, output: RenderOutput) -> dict[str, Tensor]:
@@ -220,7 +262,7 @@ class SceneOptimiser:
         smoothness, colour_smoothness = (
             self._value(schedule) for schedule in (weights.smoothness, weights.colour_smoothness)
         )
-        if smoothness > 0 or colour_smoothness > 0:
+        if self.field.encoding == "dense" and (smoothness > 0 or colour_smoothness > 0):
             terms["smoothness"] = total_variation(
                 self.field,
                 density_weight=smoothness,
@@ -247,9 +289,34 @@ class SceneOptimiser:
             background,
             num_samples=self.config.renderer.samples_per_ray,
             occupancy=self.occupancy,
-            generator=self.generator if training else None,
+            generator=self.distiller.views_stream if training else None,
             max_samples=self.config.renderer.max_samples if training else None,
         )
+
+    def surface(self) -> Surface:
+        """The field's closed surface, at an iso level that suits it; EmptySurfaceError if it has none."""
+        self.occupancy.update(self.field)
+        return self._surface_at(self.config.mesh.iso_level)
+
+    def densest_surface(self) -> Surface:
+        """The surface of the densest part of a field that is fog all over; EmptySurfaceError if all of it is
+        alike."""
+        return self._surface_at(densest_level(self.field.density, self.field.half_extent, device=self.device))
+
+    def _surface_at(self, iso_level: float | None) -> Surface:
+        settings = self.config.mesh
+        return extract_surface(
+            self.field.density,
+            self.field.half_extent,
+            settings.resolution,
+            iso_level=iso_level,
+            max_triangles=settings.max_triangles,
+            device=self.device,
+        )
+
+    def surface_colour(self, points: Tensor, face: Tensor, barycentric: Tensor) -> Tensor:
+        """Colours [K, 3] of points [K, 3] on the surface; where on which face is not asked."""
+        return self.field.colour(points.to(self.device))
 
     def _sample_cameras(self, num: int) -> Cameras:
         cameras = self.config.cameras
@@ -262,13 +329,6 @@ class SceneOptimiser:
             radius_range=cameras.radius,
             fov_y_deg=cameras.fov_y_deg,
         )
-
-    def _backgrounds(self, num: int) -> Tensor | float:
-        if self.config.renderer.background == "random":
-            return to_device(random_backgrounds(num, generator=self.generator), self.device)
-        if self.config.renderer.background == "greys":
-            return to_device(random_greys(num, generator=self.generator), self.device)
-        return WHITE if self.config.renderer.background == "white" else GREY
 
     def _value(self, schedule: Schedule) -> float:
         return value_at(schedule, self.progress)
@@ -316,10 +376,111 @@ def choose_backends(config: TextTo3DConfig, device: torch.device) -> tuple[Chose
     return renderer, encoding
 
 
+def _warn_of_voxel_terms(config: TextTo3DConfig) -> None:
+    weights = config.regularisers
+    is_smoothing = any(value > 0 for _, value in weights.smoothness + weights.colour_smoothness)
+    if config.field.encoding != "dense" and is_smoothing:
+        logger.warning(
+            "regularisers.smoothness and colour_smoothness compare voxels; a hash field has none, "
+            "so they are left out"
+        )
+
+
+def fake_score_law(config: TextTo3DConfig) -> FakeScoreLaw:
+    """How the fake score of `config` is trained."""
+    fake = config.fake_score
+    return FakeScoreLaw(
+        weighting=fake.weighting,
+        noise_range=fake.noise_range,
+        camera_dropout=fake.camera_dropout,
+        reads_view=fake.view_prompts,
+    )
+
+
+def check_groups(config: TextTo3DConfig, views_per_group: int) -> None:
+    """Raise ConfigError unless views and samples make whole groups of a multi-view teacher."""
+    for key, number in (
+        ("guidance.views_per_step", config.guidance.views_per_step),
+        ("discriminator.num_real_samples", config.discriminator.num_real_samples),
+    ):
+        if number % views_per_group:
+            raise ConfigError(
+                f"{key} is {number}, but the teacher sees {views_per_group} views together; expected a "
+                f"multiple of {views_per_group}"
+            )
+
+
+def build_distiller(
+    config: TextTo3DConfig,
+    teacher: LatentDiffusionTeacher,
+    generator: torch.Generator,
+    *,
+    fake_base: LatentDiffusionTeacher | None = None,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
+) -> Distiller:
+    """The `Distiller` that `config` describes, for any student; draws from and keeps `generator`."""
+    contexts = PromptContexts.encode(
+        teacher,
+        config.prompt,
+        config.negative_prompt,
+        use_view_words=config.guidance.view_prompts,
+        use_camera=config.guidance.camera_token,
+    )
+    fake = config.fake_score
+    return Distiller(
+        teacher,
+        contexts,
+        most_demanding_recipe(config),
+        lora_rank=fake.lora_rank,
+        fake_score_updates=fake.updates_per_step,
+        fake_score_weight_decay=fake.weight_decay,
+        fake_base=fake_base,
+        fake_camera=fake.camera,
+        fake_law=fake_score_law(config),
+        perp_neg=config.guidance.perp_neg,
+        discriminator_learning_rate=config.discriminator.learning_rate,
+        discriminator_updates=config.discriminator.updates_per_step,
+        max_log_ratio=config.discriminator.max_log_ratio,
+        generator=generator,
+        processes=processes,
+    )
+
+
+def training_backgrounds(
+    settings: RendererConfig, num: int, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """What stands behind the object in `num` training pictures, sRGB [num, 3]."""
+    match settings.background:
+        case "random":
+            return to_device(random_backgrounds(num, generator=generator), device)
+        case "greys":
+            return to_device(random_greys(num, generator=generator), device)
+        case "white":
+            return torch.full((num, 3), WHITE, device=device)
+        case _:
+            return torch.full((num, 3), GREY, device=device)
+
+
+def stage_recipe(config: TextTo3DConfig, progress: float) -> recipes.Recipe:
+    """The recipe that moves the student when the fraction `progress` of the run is done."""
+    first = config.guidance.first_stage_divergence
+    if first is not None and progress < config.guidance.first_stage_share:
+        return resolve_recipe(dataclasses.replace(config, divergence=first))
+    return resolve_recipe(config)
+
+
+def most_demanding_recipe(config: TextTo3DConfig) -> recipes.Recipe:
+    """Of a run's stages, the one that needs a discriminator if any does: it must learn from the start."""
+    stages = stage_recipe(config, 0.0), resolve_recipe(config)
+    return max(stages, key=lambda recipe: recipe.needs_discriminator)
+
+
 def resolve_recipe(config: TextTo3DConfig) -> recipes.Recipe:
     """The recipe that `config` names; ConfigError if its parts do not fit or it needs more than a prompt."""
     overrides: dict[str, Any] = {}
     divergence = config.divergence
+    if not (config.guidance.jac_teacher and config.guidance.jac_fake):
+        overrides |= {"jac_teacher": config.guidance.jac_teacher, "jac_fake": config.guidance.jac_fake}
     if config.method.replace("_", "-") == "uni-instruct":
         overrides["variant"] = config.guidance.variant
         overrides["adversarial_weight"] = config.guidance.adversarial_weight

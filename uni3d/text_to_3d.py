@@ -10,7 +10,6 @@ resume. The rooms are composed here from left to right, and only here.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import logging
@@ -21,38 +20,53 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 import uni3d
 from uni3d.config import TextTo3DConfig
 from uni3d.config_loader import config_to_dict, config_to_yaml, load_config
 from uni3d.data.captions import read_vocabulary, unknown_prompt_warning
-from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
+from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import Interrupted, Uni3DError, UsageError
+from uni3d.memory import rung_for
 from uni3d.mesh.export import write_mesh
-from uni3d.mesh.extraction import extract_surface
+from uni3d.mesh.renderable import RenderableMesh
 from uni3d.mesh.report import compare_with_field, mesh_report
-from uni3d.mesh.texture import bake_texture
+from uni3d.mesh.texture import bake_surface_colours
 from uni3d.mesh.textured_mesh import TexturedMesh
 from uni3d.mesh.turntable import render_mesh, write_preview, write_turntable
+from uni3d.network_setup import EMBEDDED, load_fake_base, load_teacher
 from uni3d.outputs import check_output_file
 from uni3d.presets import quality_preset
 from uni3d.prompts import check_prompt, prompt_slug
+from uni3d.refine_config import Part, RefineConfig
 from uni3d.resources import weights_folder
 from uni3d.scene.camera import ring_cameras
 from uni3d.scene.regularisers import fog_fraction
-from uni3d.scene_optimiser import SceneOptimiser, choose_backends, resolve_recipe
+from uni3d.scene_optimiser import choose_backends, resolve_recipe, stage_recipe
+from uni3d.stages import make_optimiser
+from uni3d.stages_config import TextureConfig
+from uni3d.step_loop import MemoryStore, RunOptimiser, take_steps
 from uni3d.training.checkpoint import CheckpointStore, atomic_write, atomic_write_json
-from uni3d.training.run_log import NonFiniteGuard, Progress, RunDirectory
+from uni3d.training.run_log import Progress, RunDirectory
 from uni3d.training.stop import StopFlag
+
+if TYPE_CHECKING:
+    from uni3d.refine import RefineResult
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = "embedded"
 COMPARISON_SIZE = 128
+# Settings that may differ between the runs that share checkpoints.
+_HOW_IT_IS_COMPUTED = (
+    ("renderer", "backend"),
+    ("renderer", "max_samples"),
+    ("field", "encoding_backend"),
+    ("networks", "compile"),
+)
 COMPARISON_VIEWS = 8
 NEUTRAL_GREY = 0.5
 
@@ -141,20 +155,49 @@ class TextTo3DPipeline:
         if method is not None:
             changes["method"] = method
         settings = dataclasses.replace(config or quality_preset("default"), **changes)
-        started = time.monotonic()
-        optimiser = SceneOptimiser(settings, self.teacher)
-        try:
+        mesh, figures, seconds = run_in_memory(make_optimiser(settings, self.teacher), callback_on_step_end)
+        return TextTo3DResult(mesh, settings, figures, seconds)
+
+    def refine(
+        self,
+        mesh: str | Path | RenderableMesh | TexturedMesh,
+        prompt: str,
+        *,
+        part: Part = "texture",
+        strength: float = 1.0,
+        seed: int = 0,
+        config: RefineConfig | None = None,
+        callback_on_step_end: Callable[[int, Mapping[str, float]], object] | None = None,
+    ) -> RefineResult:
+        """Change the texture, the geometry or both of `mesh`, a file or a mesh in memory, towards `prompt`.
+
+        strength: how far from the input, 0 to 1. config: settings to start from; the other arguments win over
+        it. The result stands where the input stood. Raises UsageError for a mesh that is of no use.
+        """
+        from uni3d.refine import refine_mesh
+
+        settings = dataclasses.replace(
+            config or RefineConfig(), prompt=check_prompt(prompt), part=part, strength=strength, seed=seed
+        )
+        return refine_mesh(mesh, settings, self.teacher, callback_on_step_end)
+
+
+def run_in_memory(
+    optimiser: RunOptimiser, on_step: Callable[[int, Mapping[str, float]], object] | None
+) -> tuple[TexturedMesh, dict[str, Any], dict[str, float]]:
+    """A whole run without a directory: (mesh, figures, seconds by stage). Closes the optimiser."""
+    seconds: dict[str, float] = {}
+    try:
+        with timed(seconds, "prepare"):
             optimiser.prepare()
-            seconds = {"prepare": time.monotonic() - started}
-            started = time.monotonic()
-            store = _MemoryStore()
+        with timed(seconds, "optimise"):
+            store = MemoryStore()
             store.save(0, optimiser.state_dict())
-            take_steps(optimiser, store, on_step=callback_on_step_end)
-            seconds["optimise"] = time.monotonic() - started
-            mesh, mesh_figures, mesh_seconds = build_mesh(optimiser)
-        finally:
-            optimiser.close()
-        return TextTo3DResult(mesh, settings, mesh_figures, seconds | mesh_seconds)
+            take_steps(optimiser, store, on_step=on_step)
+        mesh, figures, mesh_seconds = build_mesh(optimiser)
+    finally:
+        optimiser.close()
+    return mesh, figures, seconds | mesh_seconds
 
 
 def choose_device(name: str) -> tuple[str, str]:
@@ -193,99 +236,32 @@ def provenance(config: TextTo3DConfig) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------- the steps
-
-
-class _SavedState(Protocol):
-    @property
-    def state(self) -> Any: ...
-
-
-class StateStore(Protocol):
-    """Where `take_steps` keeps states to go back to: a `CheckpointStore`, or memory."""
-
-    def save(self, step: int, state: Any) -> object:
-        """Keep `state`, nested dicts of tensors and plain data, as it is now."""
-        ...
-
-    def load_latest(self) -> _SavedState | None:
-        """The state that was kept last."""
-        ...
-
-
-@dataclass
-class _MemoryStore:
-    """Keeps one state. Copies both ways: optimisers write in place into the tensors they are handed."""
-
-    state: Any = None
-
-    def save(self, step: int, state: Any) -> None:
-        self.state = copy.deepcopy(state)
-
-    def load_latest(self) -> _MemoryStore:
-        return _MemoryStore(copy.deepcopy(self.state))
-
-
-def take_steps(
-    optimiser: SceneOptimiser,
-    store: StateStore,
-    *,
-    on_step: Callable[[int, Mapping[str, float]], object] | None = None,
-    on_rollback: Callable[[int], object] | None = None,
-) -> None:
-    """Take the steps that are left, keeping the state every `config.checkpoints.interval_s` seconds.
-
-    The store must hold a state already. A step that is not finite moves nothing; three in a row go back to
-    the state kept last, and `on_rollback` is told its step. `on_step` gets the index and numbers of every
-    other step; returning False ends the loop. Raises TrainingDiverged when going back did not help.
-    """
-    config = optimiser.config
-    guard = NonFiniteGuard()
-    kept_at = time.monotonic()
-    while optimiser.step_index < config.steps:
-        report = optimiser.step()
-        verdict = guard.check(optimiser.step_index, {"a gradient": None if report.finite else float("nan")})
-        if verdict == "rollback":
-            kept = store.load_latest()
-            assert kept is not None, "a state is kept before the first step"
-            optimiser.load_state_dict(kept.state)
-            # The noise differs the second time, or the same numbers would come again.
-            optimiser.generator.manual_seed(config.seed + 1_000_003 * guard.num_rollbacks)
-            if on_rollback is not None:
-                on_rollback(optimiser.step_index)
-            continue
-        if on_step is not None and on_step(optimiser.step_index, report.values) is False:
-            return
-        # Running averages take part in a step that is skipped, so only the state after a good one is kept.
-        if verdict == "ok" and time.monotonic() - kept_at >= config.checkpoints.interval_s:
-            store.save(optimiser.step_index, optimiser.state_dict())
-            kept_at = time.monotonic()
+def with_material(mesh: TexturedMesh, settings: TextureConfig) -> TexturedMesh:
+    """`mesh` with the constants of its material, if its texture was made without light."""
+    if not (settings.steps and settings.lit):
+        return mesh  # the colours hold the light already, so the material stays unlit
+    constants = np.rint(255 * np.array([settings.roughness, settings.metalness])).astype(np.uint8)
+    maps = np.broadcast_to(constants, (*mesh.texture.shape[:2], 2)).copy()
+    return dataclasses.replace(mesh, roughness_metalness=maps)
 
 
 # ---------------------------------------------------------------------- field to mesh
 
 
-def build_mesh(optimiser: SceneOptimiser) -> tuple[TexturedMesh, dict[str, Any], dict[str, float]]:
-    """Extract, unwrap, paint and check the mesh of a field: (mesh, figures, seconds by stage)."""
+def build_mesh(optimiser: RunOptimiser) -> tuple[TexturedMesh, dict[str, Any], dict[str, float]]:
+    """Extract, unwrap, paint and check the mesh of a run: (mesh, figures, seconds by stage)."""
     settings = optimiser.config.mesh
-    scene = optimiser.field
     seconds: dict[str, float] = {}
-    optimiser.occupancy.update(scene)
+    with timed(seconds, "surface"):
+        surface = optimiser.surface()
     cameras = ring_cameras(COMPARISON_VIEWS)
     with torch.no_grad():
         rendered = optimiser.render(cameras, COMPARISON_SIZE, NEUTRAL_GREY)
-    with _timed(seconds, "surface"):
-        surface = extract_surface(
-            scene.density,
-            scene.half_extent,
-            settings.resolution,
-            iso_level=settings.iso_level,
-            max_triangles=settings.max_triangles,
-            device=optimiser.device,
+    with timed(seconds, "texture"):
+        mesh = bake_surface_colours(
+            surface, optimiser.surface_colour, settings.texture_size, device=optimiser.device
         )
-    with _timed(seconds, "texture"):
-        mesh = bake_texture(surface, _colour_function(optimiser), settings.texture_size)
-    with _timed(seconds, "check"):
+    with timed(seconds, "check"):
         mesh_images, mesh_alpha = render_mesh(mesh, cameras, COMPARISON_SIZE, background=NEUTRAL_GREY)
         comparison = compare_with_field(
             mesh_images,
@@ -294,25 +270,17 @@ def build_mesh(optimiser: SceneOptimiser) -> tuple[TexturedMesh, dict[str, Any],
             rendered.opacity[:, 0].cpu().numpy(),
         )
     if comparison["verdict"] != "match":
-        logger.warning("the mesh differs from the field: %s", comparison["explanation"])
+        logger.warning("the mesh differs from what was optimised: %s", comparison["explanation"])
     figures = {
         "surface": surface.report,
         "field_match": comparison,
         "fog": fog_fraction(rendered.opacity),
     }
-    return mesh, figures, seconds
-
-
-def _colour_function(optimiser: SceneOptimiser) -> Callable[[Tensor], Tensor]:
-    def colour(points: Tensor) -> Tensor:
-        with torch.no_grad():
-            return optimiser.field.colour(points.to(optimiser.device)).cpu()
-
-    return colour
+    return with_material(mesh, optimiser.config.stages.texture), figures, seconds
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Any:
+def timed(seconds: dict[str, float], name: str) -> Any:
     started = time.monotonic()
     try:
         yield
@@ -329,7 +297,7 @@ class RunWatch:
     def before_denoising(self) -> None:
         """Called before every denoising step of the teacher samples that some methods start with."""
 
-    def after_step(self, optimiser: SceneOptimiser, values: Mapping[str, float]) -> None:
+    def after_step(self, optimiser: RunOptimiser, values: Mapping[str, float]) -> None:
         """Called after every step with its numbers; may render the field but not change it."""
 
 
@@ -339,25 +307,30 @@ def generate(config: TextTo3DConfig, *, watch: RunWatch | None = None) -> Genera
     Raises UsageError for bad input before anything is written, Interrupted after a signal once the state
     is saved, and what `watch` raises.
     """
+    if config.particles > 1:
+        from uni3d.particles import generate_particles
+
+        return generate_particles(config, watch=watch)
     config = _checked(config)
     device, reason = choose_device(config.device)
     renderer, encoding = choose_backends(config, torch.device(device))
     seconds: dict[str, float] = {}
-    with _timed(seconds, "load"):
-        teacher, warning = _load_teacher(config, device)
+    with timed(seconds, "load"):
+        teacher, warning = load_run_teacher(config, device)
+        fake_base = load_fake_base(config, device)
     with _open_run(config) as run, StopFlag() as stop:
         logger.info("device: %s (%s), %s, %s", device, reason, renderer, encoding)
         if warning:
             logger.warning("%s", warning)
-        optimiser = SceneOptimiser(config, teacher)
+        optimiser = make_optimiser(config, teacher, fake_base)
         try:
-            _optimise(optimiser, run, seconds, stop, watch or RunWatch())
+            run_optimiser(optimiser, run, seconds, stop, watch or RunWatch())
             mesh, figures, mesh_seconds = build_mesh(optimiser)
         finally:
             optimiser.close()
         if stop.is_set:
             _write_interrupted_mesh(mesh, config, run)
-            raise _interruption(stop, run, config.steps, config.steps)
+            raise interruption(stop, run, optimiser.num_steps, optimiser.num_steps)
         return _write_results(run, config, mesh, figures, seconds | mesh_seconds)
 
 
@@ -368,7 +341,10 @@ def _checked(config: TextTo3DConfig) -> TextTo3DConfig:
         if config.output is None and saved.output is not None:
             config = dataclasses.replace(config, output=saved.output, overwrite=saved.overwrite)
     config = dataclasses.replace(config, prompt=check_prompt(config.prompt))
-    resolve_recipe(config)
+    if config.vram is not None:
+        config = rung_for(config.vram).bounded(config)
+    for progress in (0.0, 1.0):
+        stage_recipe(config, progress)
     if config.output is not None:
         check_output_file(config.output, overwrite=config.overwrite)
     return config
@@ -384,24 +360,27 @@ def _open_run(config: TextTo3DConfig) -> RunDirectory:
     return run
 
 
-def _load_teacher(config: TextTo3DConfig, device: str) -> tuple[LatentDiffusionTeacher, str | None]:
+def load_run_teacher(config: TextTo3DConfig, device: str) -> tuple[LatentDiffusionTeacher, str | None]:
     """The teacher, and what to say about a prompt with words that it does not know."""
-    source = weights_folder("teacher") if config.teacher == EMBEDDED else config.teacher
-    teacher = LatentDiffusionTeacher.from_pretrained(source, device=device)
+    teacher = load_teacher(config, device)
+    source = teacher.name
     file = Path(source) / "vocabulary.json"
     if not file.is_file():  # Stable Diffusion, which knows most things
         return teacher, None
     return teacher, unknown_prompt_warning(config.prompt, read_vocabulary(file))
 
 
-def _optimise(
-    optimiser: SceneOptimiser,
+def run_optimiser(
+    optimiser: RunOptimiser,
     run: RunDirectory,
     seconds: dict[str, float],
     stop: StopFlag,
     watch: RunWatch,
+    *,
+    write_partial: Callable[[TexturedMesh], object] | None = None,
 ) -> None:
-    """Run the steps that are left, saving every so often; leaves by Interrupted when a signal asks."""
+    """Run the steps that are left, saving every so often; leaves by Interrupted when a signal asks, with the
+    mesh as it stands handed to `write_partial` (none: it is written as `generate` does)."""
     config = optimiser.config
     store = CheckpointStore(
         run.checkpoints_path, keep=config.checkpoints.keep, fingerprint=_fingerprint(config)
@@ -416,31 +395,38 @@ def _optimise(
             _leave_if_asked(stop, run)
             watch.before_denoising()
 
-        with _timed(seconds, "prepare"):
+        with timed(seconds, "prepare"):
             optimiser.prepare(before_step=before_denoising)
         store.save(0, optimiser.state_dict())
-    with _timed(seconds, "optimise"):
-        _loop(optimiser, run, store, stop, watch)
+    with timed(seconds, "optimise"):
+        _loop(optimiser, run, store, stop, watch, write_partial)
 
 
 def _leave_if_asked(stop: StopFlag, run: RunDirectory) -> None:
     if stop.is_set:
         raise stop.interruption(
-            f"stopped before the first step; nothing had been made yet. Start again with: {_resume_line(run)}"
+            f"stopped before the first step; nothing had been made yet. Start again with: {resume_line(run)}"
         )
 
 
 def _loop(
-    optimiser: SceneOptimiser, run: RunDirectory, store: CheckpointStore, stop: StopFlag, watch: RunWatch
+    optimiser: RunOptimiser,
+    run: RunDirectory,
+    store: CheckpointStore,
+    stop: StopFlag,
+    watch: RunWatch,
+    write_partial: Callable[[TexturedMesh], object] | None,
 ) -> None:
     config = optimiser.config
-    with Progress(config.steps, start=optimiser.step_index, label="optimise", quiet=config.quiet) as progress:
+    num_steps = optimiser.num_steps
+    with Progress(num_steps, start=optimiser.step_index, label="optimise", quiet=config.quiet) as progress:
         started = time.monotonic()
 
         def on_step(step: int, values: Mapping[str, float]) -> bool:
             nonlocal started
-            run.log_metrics(step, {**values, "seconds": round(time.monotonic() - started, 4)})
-            progress.update(loss=values.get("student_loss", 0.0))
+            spent = {"seconds": round(time.monotonic() - started, 4)}
+            run.log_metrics(step, {"stage": optimiser.stage, **values, **spent})
+            progress.update(stage=optimiser.stage, loss=values.get("student_loss", 0.0))
             watch.after_step(optimiser, values)
             started = time.monotonic()
             return not stop.is_set
@@ -451,14 +437,17 @@ def _loop(
 
         if not stop.is_set:
             take_steps(optimiser, store, on_step=on_step, on_rollback=on_rollback)
-    if optimiser.step_index < config.steps:
+    if optimiser.step_index < num_steps:
         store.save(optimiser.step_index, optimiser.state_dict())
         try:
             mesh, _, _ = build_mesh(optimiser)
-            _write_interrupted_mesh(mesh, config, run)
+            if write_partial is not None:
+                write_partial(mesh)
+            else:
+                _write_interrupted_mesh(mesh, config, run)
         except Uni3DError as error:  # a field without a surface
             logger.warning("no mesh yet: %s", error)
-        raise _interruption(stop, run, optimiser.step_index, config.steps)
+        raise interruption(stop, run, optimiser.step_index, num_steps)
     store.save(optimiser.step_index, optimiser.state_dict())
 
 
@@ -468,14 +457,14 @@ def _write_interrupted_mesh(mesh: TexturedMesh, config: TextTo3DConfig, run: Run
     write_preview(mesh, run.path / "preview.png")
 
 
-def _interruption(stop: StopFlag, run: RunDirectory, step: int, num_steps: int) -> Interrupted:
+def interruption(stop: StopFlag, run: RunDirectory, step: int, num_steps: int) -> Interrupted:
     return stop.interruption(
-        f"stopped after step {step} of {num_steps}; everything is saved. Go on with: {_resume_line(run)}"
+        f"stopped after step {step} of {num_steps}; everything is saved. Go on with: {resume_line(run)}"
     )
 
 
-def _resume_line(run: RunDirectory) -> str:
-    return f"uni3d generate --resume {shlex.quote(str(run.path))}"
+def resume_line(run: RunDirectory) -> str:
+    return f"uni3d {run.command} --resume {shlex.quote(str(run.path))}"
 
 
 def _write_results(
@@ -485,7 +474,7 @@ def _write_results(
     figures: dict[str, Any],
     seconds: dict[str, float],
 ) -> GenerateResult:
-    with _timed(seconds, "export"):
+    with timed(seconds, "export"):
         extras = provenance(config)
         written = [
             write_mesh(mesh, run.path / f"mesh.{suffix}", extras=extras) for suffix in config.mesh.formats
@@ -534,6 +523,6 @@ def _fingerprint(config: TextTo3DConfig) -> dict[str, Any]:
         "mesh",
     )
     kept = {key: value for key, value in config_to_dict(config).items() if key not in ignored}
-    for group, key in (("renderer", "backend"), ("renderer", "max_samples"), ("field", "encoding_backend")):
+    for group, key in _HOW_IT_IS_COMPUTED:
         kept[group] = {name: value for name, value in kept[group].items() if name != key}
     return kept

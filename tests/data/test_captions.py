@@ -19,6 +19,7 @@ from uni3d.data.captions import (
     nouns_in_prompt,
     read_vocabulary,
     sample_caption,
+    unknown_in_prompt,
     unknown_prompt_warning,
     vocabulary_from_records,
 )
@@ -165,6 +166,7 @@ def test_the_shipped_vocabulary_knows_its_own_examples() -> None:
     assert unknown_prompt_warning("a red wooden chair", vocabulary) is None
     warning = unknown_prompt_warning("a corgi", vocabulary)
     assert warning is not None and "Nearest known: dog" in warning
+    assert "uni3d teacher" in warning and "uni3d teacher" not in (unknown_in_prompt("a corgi") or "")
 
 
 def test_unknown_prompts_name_the_nearest_words() -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from uni3d.diffusion import stable_diffusion
+from uni3d.diffusion import teacher_files
+from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.diffusion.lora_score import LoRAFakeScore
 from uni3d.diffusion.prompt import PromptContexts
-from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.errors import MissingWeightsError, UsageError
 from uni3d.scene.camera import Cameras
 
@@ -43,7 +43,7 @@ def test_x0_prediction_matches_the_scheduler(
     x0 = teacher.predict_x0(x, sigma, context)
     x_vp = x / torch.sqrt(1 + sigma**2)
     with torch.no_grad():
-        output = teacher.unet(x_vp, timestep, encoder_hidden_states=context).sample
+        output = teacher.network(x_vp, timestep, encoder_hidden_states=context).sample
     expected = scheduler.step(output, timestep, x_vp).pred_original_sample
     torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-4)
 
@@ -54,7 +54,7 @@ def test_guidance_extrapolates_between_two_predictions(teacher: LatentDiffusionT
     camera = Cameras.from_lists([0.0, 90.0], [10.0, 10.0]).conditioning()
     conditional = contexts.conditional(["front", "side"], camera)
     negative = contexts.unconditional(2)
-    guided, plain = teacher.predict_guided_x0(x, sigma, conditional, negative, 3.0)
+    guided, plain, *_ = teacher.predict_guided_x0(x, sigma, conditional, negative, 3.0)
     unconditional = teacher.predict_x0(x, sigma, negative)
     torch.testing.assert_close(plain, teacher.predict_x0(x, sigma, conditional), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(guided, unconditional + 3 * (plain - unconditional), rtol=1e-4, atol=1e-4)
@@ -72,11 +72,10 @@ def test_camera_takes_the_last_slot_only(teacher: LatentDiffusionTeacher) -> Non
 def test_middle_features_equal_the_full_pass(teacher: LatentDiffusionTeacher) -> None:
     x, sigma = _noisy(teacher)
     context = teacher.encode_text(["a red chair", "a blue vase"])
-    with teacher.recorded_middle() as recorded:
-        teacher.predict_x0(x, sigma, context)
+    whole = teacher.denoise(x, sigma, context).middle
     features = teacher.middle_features(x, sigma, context)
     assert features.shape[1] == teacher.feature_channels
-    torch.testing.assert_close(features, recorded[0])
+    torch.testing.assert_close(features, whole)
 
 
 def test_image_gradient_flows_through_the_encoder(teacher: LatentDiffusionTeacher) -> None:
@@ -103,7 +102,7 @@ def test_fake_score_starts_as_the_teacher_and_leaves_it_alone(teacher: LatentDif
     assert not torch.allclose(fake.predict_x0(x, sigma, context, camera), before, atol=1e-3)
     torch.testing.assert_close(teacher.predict_x0(x, sigma, context), before, rtol=0, atol=0)
     assert all(
-        parameter.grad is None for name, parameter in teacher.unet.named_parameters() if "lora" not in name
+        parameter.grad is None for name, parameter in teacher.network.named_parameters() if "lora" not in name
     )
 
 
@@ -146,7 +145,7 @@ def test_samples_are_reproducible_and_finite(teacher: LatentDiffusionTeacher) ->
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no such model", "/no/such/folder", "x" * 300])
 def test_unknown_teacher_names_id_cache_and_ways_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a hub the answer comes at once, and not after every file was asked for six times."""
-    monkeypatch.setattr(stable_diffusion, "_hub_answers", lambda: False)
+    monkeypatch.setattr(teacher_files, "_hub_answers", lambda: False)
     started = time.monotonic()
     with pytest.raises(MissingWeightsError) as caught:
         LatentDiffusionTeacher.from_pretrained(name)
@@ -163,7 +162,7 @@ def test_an_empty_name_is_no_teacher() -> None:
 
 def test_a_hub_that_hangs_or_fails_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert not stable_diffusion._hub_answers()
+    assert not teacher_files._hub_answers()
 
 
 def test_damaged_and_pickled_weights_are_refused(tiny_teacher_folder: Path, tmp_path: Path) -> None:

@@ -192,3 +192,36 @@ def test_timestep_window_samples() -> None:
 def test_bad_windows(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected"):
         ns.TimestepWindow(**values)
+
+
+# ---- rectified flow
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_levels_are_those_of_shifted_times(shift: float) -> None:
+    schedule = ns.FlowSchedule(1000, shift=shift)
+    assert schedule.num_timesteps == 999  # pure noise has no finite sigma
+    index = torch.tensor([0, 499, 998], dtype=torch.float64)
+    time = (index + 1) / 1000
+    time = shift * time / (1 + (shift - 1) * time)
+    torch.testing.assert_close(schedule.sigma(index), time / (1 - time))
+    torch.testing.assert_close(ns.flow_time(schedule.sigma(index)), time)
+    torch.testing.assert_close(schedule.timestep(schedule.sigma(index)), index)
+    with pytest.raises(ValueError, match="shift > 0"):
+        ns.FlowSchedule(1000, shift=0.0)
+
+
+def test_velocity_is_the_flows_derivative() -> None:
+    x0, eps = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    sigma = torch.tensor([0.2, 40.0], dtype=torch.float64)
+    x = x0 + sigma[:, None, None, None] * eps
+    time = ns.flow_time(sigma)[:, None, None, None]
+    torch.testing.assert_close(ns.flow_from_ve(x, sigma), (1 - time) * x0 + time * eps)
+    torch.testing.assert_close(ns.x0_from_prediction(eps - x0, x, sigma, "velocity"), x0)
+    torch.testing.assert_close(ns.prediction_from_x0(x0, x, sigma, "flow_prediction"), eps - x0)
+
+
+@pytest.mark.parametrize("table", [[0.0], [0.0, math.inf], [1.0, 0.5], [[0.0, 1.0]]])
+def test_a_table_of_levels_must_rise(table: list[float]) -> None:
+    with pytest.raises(ValueError, match="log_sigmas"):
+        ns.SigmaTable(torch.tensor(table))

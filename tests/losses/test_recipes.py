@@ -106,6 +106,37 @@ def test_sds_is_vsd_with_a_dirac_student(setting: Setting) -> None:
     torch.testing.assert_close(setting.gradient(sds), (1 - alpha_bar) * (eps_q - setting.eps))
 
 
+def test_csd_is_what_guidance_alone_adds(setting: Setting) -> None:
+    """SDS at scale s less SDS without guidance: w (s - 1)(eps_cond - eps_uncond), so s - 1 is CSD's scale."""
+    conditional, unconditional = setting.teacher_x0, 0.5 * setting.x_t.detach()
+    guided = unconditional + 7.5 * (conditional - unconditional)
+    csd = setting.loss(recipes.get("csd"), teacher_x0=guided, fake_x0=unconditional)
+    sds = recipes.get("sds")
+    difference = setting.gradient(setting.loss(sds, teacher_x0=guided)) - setting.gradient(
+        setting.loss(sds, teacher_x0=unconditional)
+    )
+    torch.testing.assert_close(setting.gradient(csd), difference)
+    assert not recipes.get("csd").needs_fake_score and recipes.get("csd").needs_negative
+    assert recipes.get("csd", guidance_scale=1.0).network_passes == (2, 0, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["uni_instruct", "sim", "sid"])
+def test_each_jacobian_can_be_left_out(setting: Setting, name: str) -> None:
+    """The gradient is then that of the same loss with the network's prediction held fixed."""
+    whole = bare(name)
+    for switch, held in (("jac_teacher", "teacher_x0"), ("jac_fake", "fake_x0")):
+        recipe = bare(name, **{switch: False})
+        assert recipe.needs_teacher_jacobian == (switch != "jac_teacher")
+        assert recipe.needs_fake_jacobian == (switch != "jac_fake")
+        fixed = {held: getattr(setting, held).detach()}
+        expected = setting.gradient(setting.loss(whole, **fixed))
+        # The loss runs what it need not differentiate without a graph.
+        lazy = {held: lambda held=held: getattr(setting, held) * torch.ones(())}
+        torch.testing.assert_close(setting.gradient(setting.loss(recipe, **lazy)), expected)
+        assert not torch.allclose(expected, setting.gradient(setting.loss(whole)))
+    assert bare(name, jac_teacher=False, jac_fake=False).network_passes.student_backward <= 1
+
+
 def test_dds_is_sds_less_that_of_the_source(setting: Setting) -> None:
     dds = recipes.get("dds")
     source = torch.randn_like(setting.x0).detach()
@@ -243,7 +274,8 @@ def never_of(x0: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", recipes.names())
 def test_work_of_weight_zero_is_not_done(setting: Setting, name: str) -> None:
     recipe = bare(name)
-    needed = {"log_ratio": recipe.needs_ratio, "fake_x0": recipe.needs_fake_score}
+    reads_fake = recipe.needs_fake_score or recipe.needs_negative or recipe.student == "interval"
+    needed = {"log_ratio": recipe.needs_ratio, "fake_x0": reads_fake}
     source = {"source_x0": setting.x0, "source_teacher_x0": setting.teacher_x0} if name == "dds" else {}
     for nothing, nothing_of in ((None, None), (never, never_of)):
         unused: dict[str, object] = {key: nothing for key, is_needed in needed.items() if not is_needed}

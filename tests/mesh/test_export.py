@@ -204,6 +204,15 @@ def test_gltf_validator_finds_nothing(
     assert found == {"errors": 0, "warnings": 0, "infos": 0, "hints": 0, "messages": []}
 
 
+def test_gltf_validator_counts_what_it_finds(box_mesh: TexturedMesh, tmp_path: Path) -> None:
+    if validator_package() is None or shutil.which("node") is None:
+        pytest.skip("needs node and `npm install gltf-validator` (folder in UNI3D_GLTF_VALIDATOR)")
+    path = write_glb(box_mesh, tmp_path / "box.glb", EXTRAS)
+    path.write_bytes(path.read_bytes()[:-40])
+    found = validate_glb(path)
+    assert isinstance(found, dict) and found["errors"] > 0 and found["messages"]
+
+
 def test_what_is_written_is_sound(box_mesh: TexturedMesh, tmp_path: Path) -> None:
     report = mesh_report(write_glb(box_mesh, tmp_path / "box.glb", EXTRAS))
     assert report["problems"] == [] and report["sound"]

@@ -13,6 +13,8 @@ import pytest
 import trimesh
 
 from uni3d import cli
+from uni3d.mesh import texture_measures
+from uni3d.mesh.atlas_raster import rasterise
 from uni3d.mesh.export import write_glb
 from uni3d.mesh.gltf_validator import ENVIRONMENT_VARIABLE, validate_glb, validator_package
 from uni3d.mesh.mesh_files import load_mesh_file
@@ -109,6 +111,25 @@ def test_textures_of_several_materials_are_measured_by_picture(box_mesh: Texture
     report = mesh_report(replace(mesh, face_material=half, materials=[mesh.materials[0], other]))
     assert report["picture_sizes"] == [[512, 512], [48, 64]]
     assert "48 x 64 is no power of two" in "\n".join(report["missed"])
+
+
+def test_a_texture_on_every_face_is_measured_in_bounded_time(
+    box_mesh: TexturedMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on walls of bricks: each face shows all of the texture. A sample of the faces tells the overlap."""
+    monkeypatch.setattr(texture_measures, "MAX_MEASURED_TEXELS", 2**21)
+    seen = []
+
+    def counted(corners: np.ndarray, size: int, *, margin: float) -> Any:
+        seen.append(len(corners))
+        return rasterise(corners, size, margin=margin)
+
+    monkeypatch.setattr(texture_measures, "rasterise", counted)
+    mesh = box_mesh.as_renderable()
+    whole = np.broadcast_to(np.float32([[0, 1], [1, 1], [1, 0]]), (len(mesh.faces), 3, 2))
+    report = mesh_report(replace(mesh, corner_uv=whole))
+    assert seen == [7] and report["uv_overlap_fraction"] > 0.99
+    assert mesh_report(mesh)["uv_overlap_texels"] == 0 and seen[1] == len(mesh.faces)
 
 
 def test_points_on_a_palette_have_the_luminance_of_their_texel(box_mesh: TexturedMesh) -> None:

@@ -4,7 +4,8 @@
     python tests/web/soak.py faults --kills 20 --jobs 30
 
 `--real` makes meshes with the embedded teacher in `--steps` steps; otherwise a stub takes its place. One
-JSON object goes to stdout; the exit code is 1 if a job was lost, doubled or seen by another visitor.
+JSON object goes to stdout; the exit code is 1 if a job was lost or seen by another visitor, or a page action
+failed. `load_average` tells how busy the machine was: beyond its cores, times are longer than they need be.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -143,6 +145,7 @@ def faults(
         "jobs": jobs,
         "done": states.count("Done"),
         "lost": jobs - states.count("Done"),
+        "states": dict(Counter(states)),
         "listed": listed,
         "made_twice": _made_twice(folder) if stub else None,
     }
@@ -173,8 +176,9 @@ def main() -> int:
             figures = load(folder, visitors=options.visitors, wait_s=options.wait_s, **common)
         else:
             figures = faults(folder, kills=options.kills, seed=options.seed, wait_s=options.wait_s, **common)
+    figures |= {"real": options.real, "cores": os.cpu_count(), "load_average": round(os.getloadavg()[1], 1)}
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
-    return 1 if figures["lost"] or figures.get("seen_by_others") else 0
+    return 1 if figures["lost"] or figures.get("seen_by_others") or figures.get("errors") else 0
 
 
 if __name__ == "__main__":

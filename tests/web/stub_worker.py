@@ -1,7 +1,8 @@
 """A worker whose jobs take a few fast steps without torch, with a checkpoint after every one.
 
 The prompt may steer it: "fail" meets a clear error, "fault" an unforeseen one, "die" ends the process, "slow"
-takes a tenth of a second for each step. Each finished make is one line of made.txt in the server's folder.
+takes a tenth of a second for each step, "very slow" a second. Each finished make is one line of made.txt in
+the server's folder.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def make(job: Job, settings: WebSettings, folder: Path, progress: JobProgress) -
     progress.enter("loading the teacher")
     checkpoint = folder / "checkpoint"
     start = int(checkpoint.read_text()) if checkpoint.exists() else 0
-    pause = 0.1 if "slow" in job.prompt else 0.01
+    pause = 1.0 if "very slow" in job.prompt else 0.1 if "slow" in job.prompt else 0.01
     for step in range(start + 1, job.num_steps + 1):
         time.sleep(pause)
         if "fail" in job.prompt and step == 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ def test_a_job_goes_from_queued_to_done(tmp_path: Path) -> None:
     assert done is not None and (done.state, done.step, done.num_bytes) == ("done", 3, 5)
     store.finish(job.id, "failed", "too late")
     assert store.find(job.id, ALICE) == done
-    assert store.usual_seconds("draft") == 2.0 and store.usual_seconds("default") is None
+    assert store.usual_seconds("draft", 5) == 2.0 and store.usual_seconds("default", 5) is None
 
 
 def test_folders_are_private(tmp_path: Path) -> None:
@@ -65,6 +66,23 @@ def test_limits_are_one_clear_sentence(tmp_path: Path) -> None:
         store.submit(order(), ALICE)
 
 
+def test_who_drops_the_cookie_is_known_by_the_address(tmp_path: Path) -> None:
+    store = JobStore(settings_in(tmp_path, max_unfinished_per_visitor=2))
+    for number in range(6):
+        store.submit(order(), str(number), address="there")
+    with pytest.raises(UsageError, match="6 jobs from your address are waiting"):
+        store.submit(order(), "another", address="there")
+    store.submit(order(), "another", address="elsewhere")
+    store.submit(order(), "another")
+
+
+def test_a_folder_of_an_earlier_version_still_opens(tmp_path: Path) -> None:
+    job = JobStore(settings_in(tmp_path)).submit(order(), ALICE)
+    with sqlite3.connect(tmp_path / "jobs.sqlite3") as database:
+        database.execute("ALTER TABLE jobs DROP COLUMN address")
+    assert JobStore(settings_in(tmp_path)).find(job.id, ALICE) == job
+
+
 def test_the_queue_limit_holds_when_all_come_at_once(tmp_path: Path) -> None:
     store = JobStore(settings_in(tmp_path, max_queue=7))
     refused: list[UsageError] = []
@@ -86,10 +104,10 @@ def test_the_queue_limit_holds_when_all_come_at_once(tmp_path: Path) -> None:
 def test_positions_count_who_comes_before(tmp_path: Path) -> None:
     store = JobStore(settings_in(tmp_path))
     jobs = [store.submit(order(), ALICE) for _ in range(3)]
-    assert [store.position(job) for job in jobs] == [0, 1, 2]
+    assert [len(store.before(job)) for job in jobs] == [0, 1, 2]
     store.claim(jobs[0].id)
     store.finish(jobs[0].id, "done")
-    assert [store.position(job) for job in jobs[1:]] == [0, 1]
+    assert [len(store.before(job)) for job in jobs[1:]] == [0, 1]
 
 
 def test_recovery_requeues_cancels_and_gives_up(tmp_path: Path) -> None:
@@ -106,6 +124,16 @@ def test_recovery_requeues_cancels_and_gives_up(tmp_path: Path) -> None:
     store.cancel(other.id, ALICE)
     assert store.recover() == []
     assert store.find(other.id, ALICE).state == "cancelled"  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_a_job_that_took_down_a_worker_lets_the_others_go_first(tmp_path: Path) -> None:
+    store = JobStore(settings_in(tmp_path))
+    jobs = [store.submit(order(), ALICE) for _ in range(3)]
+    store.claim(jobs[0].id)
+    assert [job.id for job in store.recover()] == [jobs[1].id, jobs[2].id, jobs[0].id]
+    first, second, third = (store.find(job.id, ALICE) for job in jobs)
+    assert first is not None and second is not None and third is not None
+    assert [len(store.before(job)) for job in (first, second, third)] == [2, 0, 1]
 
 
 def test_the_oldest_finished_jobs_go_first(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 
@@ -11,14 +12,27 @@ from web_fixtures import order, settings_in
 from uni3d.commands import read_generate_options
 from uni3d.config import TextTo3DConfig
 from uni3d.errors import UsageError
+from uni3d.presets import load_run_config
 from uni3d.scene_optimiser import resolve_recipe
 from uni3d.web.orders import (
     METHODS,
     METHODS_WITH_DIVERGENCE,
     check_order,
     reproducing_command,
+    reproducing_config,
     run_config,
 )
+
+
+def what_is_made(config: TextTo3DConfig) -> TextTo3DConfig:
+    """The settings without those that say where the result goes and who is told."""
+    plain = TextTo3DConfig()
+    names = ("runs_folder", "device", "quiet", "checkpoints", "output", "overwrite", "resume", "json")
+    return dataclasses.replace(
+        config,
+        mesh=dataclasses.replace(config.mesh, formats=("glb",)),
+        **{name: getattr(plain, name) for name in names},
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -51,16 +65,22 @@ def test_a_divergence_is_dropped_where_the_method_brings_its_own(tmp_path: Path)
     assert check_order(order(method="sds", divergence="js"), settings_in(tmp_path)).divergence is None
 
 
-@pytest.mark.parametrize("prompt", ["a red chair", "-x 'quoted'; rm"])
-def test_the_command_reads_back_as_the_run(prompt: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quality", ["draft", "default"])
+@pytest.mark.parametrize(
+    "prompt", ["a red chair", "-x 'quoted'; rm", "--help", "Stuhl \u00e4\U0001f600 $(id)"]
+)
+def test_the_command_reads_back_as_the_run(prompt: str, quality: str, tmp_path: Path) -> None:
     settings = settings_in(tmp_path, max_steps=7, teachers={"embedded": "embedded", "own": str(tmp_path)})
     wanted = check_order(
-        order(prompt, negative_prompt="--fog", method="f-distill", divergence="js", seed=9), settings
+        order(prompt, negative_prompt="--fog", method="f-distill", divergence="js", seed=9, quality=quality),
+        settings,
     )
     words = shlex.split(reproducing_command(wanted, settings))
     assert words[:2] == ["uni3d", "generate"]
     config = read_generate_options(words[2:])
     run = run_config(wanted, settings, runs_folder=tmp_path)
-    for name in ("prompt", "negative_prompt", "method", "divergence", "seed", "quality", "steps", "teacher"):
-        assert getattr(config, name) == getattr(run, name), name
+    assert what_is_made(config) == what_is_made(run)
+    file = tmp_path / "config.yaml"
+    file.write_text(reproducing_config(wanted, settings), encoding="utf-8")
+    assert what_is_made(load_run_config(file)) == what_is_made(run)
     assert str(tmp_path) not in reproducing_command(order(teacher="own"), settings)

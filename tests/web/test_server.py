@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import signal
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from traversal import hostile_paths
 from web_fixtures import wait_for
 from web_server import Served, Visitor
 
+from uni3d.web.access import MAX_REQUEST_BYTES
+
+FORM = "application/x-www-form-urlencoded"
 pytest.importorskip("gradio", reason="the demo extra is not installed")
 
 
@@ -88,6 +92,23 @@ def test_bad_orders_are_refused_and_odd_ones_do_no_harm(served: Served) -> None:
     assert "<script>" not in str(visitor.call("progress", job, ""))
 
 
+def test_a_request_larger_than_any_order_is_cut_off(served: Served) -> None:
+    visitor = Visitor(served).open()
+    body = b'{"data": ["' + b"a" * MAX_REQUEST_BYTES + b'"]}'
+    assert visitor.get("/gradio_api/run/submit", "POST", body)[0] == 413
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    try:  # without saying how long it is
+        connection.request(
+            "POST", "/gradio_api/run/submit", iter([b"a" * 40_000] * 3), {"Cookie": visitor.cookie}
+        )
+        assert connection.getresponse().status in (400, 413)
+    except ConnectionError:
+        pass  # cut off while it was still sending
+    finally:
+        connection.close()
+    assert visitor.get("/")[0] == 200
+
+
 def test_no_path_leads_outside(served: Served, done: tuple[Visitor, str]) -> None:
     visitor, job = done
     secret = served.folder.with_name("secret.txt")
@@ -130,11 +151,16 @@ def test_a_password_closes_page_events_and_files(tmp_path: Path) -> None:
             visitor.submit("a chair")
         assert visitor.get("/config")[0] == 401
         form = b"username=ann&password=secret"
-        status, _ = visitor.get("/login", "POST", form, content_type="application/x-www-form-urlencoded")
+        status, _ = visitor.get("/login", "POST", form, content_type=FORM)
         assert status == 200
         job = visitor.submit("a chair")
         wait_for(lambda: visitor.is_finished(job))
         assert visitor.get(f"/jobs/{job}/mesh.glb")[0] == 200
+        guesses = [
+            Visitor(served).get("/login", "POST", b"username=ann&password=%d" % number, content_type=FORM)[0]
+            for number in range(12)
+        ]
+        assert 200 not in guesses and guesses[-1] == 429
 
 
 @pytest.mark.slow

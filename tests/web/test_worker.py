@@ -6,8 +6,10 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ from web_fixtures import ALICE, BOB, STUB_WORKER, place, settings_in, wait_for
 
 from uni3d.web.job_queue import JobQueue
 from uni3d.web.jobs import Job, JobStore
+from uni3d.web.progress import JobProgress
+from uni3d.web.settings import WebSettings
 from uni3d.web.supervisor import Supervisor
-from uni3d.web.worker import _sentence
+from uni3d.web.worker import Worker, _sentence
 
 
 def _get(store: JobStore, job: Job) -> Job:
@@ -150,6 +154,47 @@ def test_a_message_that_was_lost_or_came_twice_changes_nothing(tmp_path: Path) -
         wait_for(lambda: _all_finished(store, [twice, lost]))
     made = (store.settings.folder / "made.txt").read_text().split()
     assert len(made) == len(set(made)) == 3
+
+
+def test_a_job_that_never_came_into_the_queue_is_found(tmp_path: Path) -> None:
+    store = JobStore(settings_in(tmp_path))
+    with Supervisor(store, STUB_WORKER):
+        first = place(store, JobQueue(store.settings.folder))
+        wait_for(lambda: _get(store, first).is_finished)
+        job = store.submit(first.order, ALICE)  # the queue was locked for too long, say
+        wait_for(lambda: _get(store, job).is_finished)
+    assert _get(store, job).state == "done"
+
+
+def test_the_machine_is_measured_while_nobody_waits(tmp_path: Path) -> None:
+    store = JobStore(settings_in(tmp_path))
+    tried: list[str] = []
+
+    def trial(settings: WebSettings, leave_if_asked: Callable[[], object]) -> None:
+        tried.append("begun")
+        if len(tried) == 1:
+            place(store, JobQueue(store.settings.folder))
+        leave_if_asked()
+        tried.append("ended")
+        stopping.set()
+
+    stopping = threading.Event()
+    Worker(store.settings, lambda job, *rest: tried.append(job.prompt), stopping, trial).work()
+    assert tried == ["begun", "a red chair", "begun", "ended"]
+
+
+def test_the_time_of_a_job_holds_what_comes_after_its_steps(tmp_path: Path) -> None:
+    store = JobStore(settings_in(tmp_path))
+
+    def make(job: Job, settings: WebSettings, folder: Path, progress: JobProgress) -> None:
+        progress.step(job.num_steps, 0.0)
+        time.sleep(0.3)
+        stopping.set()
+
+    stopping = threading.Event()
+    job = place(store, JobQueue(store.settings.folder))
+    Worker(store.settings, make, stopping).work()
+    assert _get(store, job).state == "done" and _get(store, job).seconds_worked >= 0.3
 
 
 def test_a_job_over_its_time_fails(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ def hostile_paths(folder: Path, job: str, secret: Path) -> list[str]:
                 f"/gradio_api/file={climb}",
                 f"/gradio_api/file/{climb}",
                 f"/static/{climb}",
+                f"/examples/01-a-red-mushroom/{climb}",
+                f"/examples/{climb}",
                 f"/assets/{climb}",
                 f"/{climb}",
             ]

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -95,6 +96,7 @@ class Visitor:
 
     def __init__(self, served: Served) -> None:
         self._port = served.port
+        self._session = secrets.token_hex(6)  # of one open page, as a browser has it
         self.cookie = ""
 
     def get(
@@ -124,9 +126,8 @@ class Visitor:
 
     def call(self, event: str, *values: Any) -> list[Any]:
         """What an event of the page answers; RuntimeError with its message where it refuses."""
-        status, answer = self.get(
-            f"/gradio_api/run/{event}", "POST", json.dumps({"data": list(values)}).encode()
-        )
+        body = {"data": list(values), "session_hash": self._session}
+        status, answer = self.get(f"/gradio_api/run/{event}", "POST", json.dumps(body).encode())
         if status != 200:
             raise RuntimeError(f"{status}: {answer[:500].decode(errors='replace')}")
         return json.loads(answer)["data"]

@@ -33,6 +33,7 @@ __all__ = [
     "nearest_words",
     "read_vocabulary",
     "sample_caption",
+    "unknown_in_prompt",
     "unknown_prompt_warning",
     "vocabulary_from_records",
 ]
@@ -308,20 +309,27 @@ def nouns_in_prompt(prompt: str, vocabulary: dict[str, Any] | None = None) -> li
 
 
 def unknown_prompt_warning(prompt: str, vocabulary: dict[str, Any] | None = None) -> str | None:
-    """One warning if `prompt` names nothing the teacher knows, else if words are unknown, else None."""
+    """What `unknown_in_prompt` says, with where to look for more."""
+    unknown = unknown_in_prompt(prompt, vocabulary)
+    if unknown is None:
+        return None
+    return (
+        f"{unknown} 'uni3d teacher vocabulary' lists what a teacher knows; a Stable Diffusion teacher knows "
+        "far more: --teacher ID_OR_FOLDER."
+    )
+
+
+def unknown_in_prompt(prompt: str, vocabulary: dict[str, Any] | None = None) -> str | None:
+    """A sentence if `prompt` names nothing the teacher knows, else if words are unknown, else None."""
     vocabulary = default_vocabulary() if vocabulary is None else vocabulary
     known = known_words(vocabulary)
     words = _words_of(prompt)
     unknown = [w for w in words if w not in known and w.rstrip("s") not in known and not w.isdigit()]
     nearest = nearest_words(prompt, vocabulary)
     hint = f" Nearest known: {', '.join(nearest)}." if nearest else ""
-    listing = (
-        " 'uni3d teacher vocabulary' lists what a teacher knows; a Stable Diffusion teacher knows far more: "
-        "--teacher ID_OR_FOLDER."
-    )
     if not nouns_in_prompt(prompt, vocabulary):
-        return f"the teacher knows no object named in '{prompt}'.{hint}{listing}"
+        return f"the teacher knows no object named in '{prompt}'.{hint}"
     if unknown:
         shown = ", ".join(f"'{word}'" for word in dict.fromkeys(unknown))
-        return f"the teacher was not trained on {shown} and will mostly ignore it.{hint}{listing}"
+        return f"the teacher was not trained on {shown} and will mostly ignore it.{hint}"
     return None

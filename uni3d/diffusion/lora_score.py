@@ -1,31 +1,33 @@
-"""The fake score: low-rank adapters on the teacher's own network, told the camera.
+"""The fake score: low-rank adapters on a denoising network, told the camera.
 
-The student's score is estimated by the teacher's UNet plus LoRA (Hu et al. 2021) and a camera embedding
-added to
-the time embedding, as variational score distillation does (Wang et al. 2023, ProlificDreamer, section 4).
-One copy
-of the base weights serves both: inside `active()` the adapters and the embedding are on, outside the
-network is
-the teacher, bit for bit. Both start as the identity, so before training fake and teacher agree exactly.
+The student's score is estimated by the teacher's network plus LoRA (Hu et al. 2021) and a camera embedding
+added to the time embedding, as variational score distillation does (Wang et al. 2023, ProlificDreamer,
+section 4). One copy of the base weights serves both: while the fake score predicts, the adapters and the
+embedding are on, at all other times the network is the teacher, bit for bit. Both start as the identity, so
+before training fake and teacher agree exactly. The base may also be another model of the same latents and
+text, as in ProlificDreamer, where it predicts v and the teacher eps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
+from uni3d.diffusion.camera_token import CONDITIONING_DIM
+from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
+from uni3d.errors import UsageError
 
 ADAPTER_NAME = "fake_score"
-ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+POSE_DIM = 16
+CameraInput = Literal["conditioning", "pose"]
 
 
 class CameraEmbedding(nn.Module):
-    """Camera [B, K] -> an addition to the time embedding [B, E]; zero before training."""
+    """Camera [B, K] -> an addition to the time embedding [B, T]; zero before training."""
 
     def __init__(self, conditioning_dim: int, embedding_dim: int, hidden_dim: int = 256) -> None:
         super().__init__()
@@ -35,7 +37,7 @@ class CameraEmbedding(nn.Module):
         nn.init.zeros_(self.project.bias)
 
     def forward(self, conditioning: Tensor) -> Tensor:
-        """Map `Cameras.conditioning()` float [B, K] to [B, E]."""
+        """Map a camera, float [B, K], to [B, T]."""
         return self.project(nn.functional.silu(self.expand(conditioning)))
 
 
@@ -43,8 +45,10 @@ class LoRAFakeScore:
     """D_fake(x, sigma, context, camera) -> x0 on the base weights of `teacher`.
 
     Args:
+        teacher: whose network carries the adapters.
         rank: of the low-rank update of every attention projection.
-        conditioning_dim: length of the camera vector.
+        camera_input: "conditioning" is `Cameras.conditioning()` through 256 units; "pose" the 4 x 4
+            camera-to-world matrix through as many units as the time embedding has, as in ProlificDreamer.
         generator: draws the adapters' initial weights, so that a seed fixes the run.
     """
 
@@ -53,36 +57,46 @@ class LoRAFakeScore:
         teacher: LatentDiffusionTeacher,
         *,
         rank: int = 4,
-        conditioning_dim: int = 5,
+        camera_input: CameraInput = "conditioning",
         generator: torch.Generator | None = None,
     ) -> None:
         from peft import LoraConfig
 
         self.teacher = teacher
+        self.camera_input = camera_input
         config = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=list(ATTENTION_PROJECTIONS), init_lora_weights=True
+            r=rank,
+            lora_alpha=rank,
+            target_modules=list(teacher.attention_projections),
+            init_lora_weights=True,
         )
-        if ADAPTER_NAME in getattr(teacher.unet, "peft_config", {}):
-            teacher.unet.delete_adapters(ADAPTER_NAME)
-        teacher.unet.add_adapter(config, adapter_name=ADAPTER_NAME)
+        network = teacher.network
+        if ADAPTER_NAME in getattr(network, "peft_config", {}):
+            network.delete_adapters(ADAPTER_NAME)
+        network.add_adapter(config, adapter_name=ADAPTER_NAME)
         self._adapters = {
-            name: parameter
-            for name, parameter in teacher.unet.named_parameters()
-            if f".{ADAPTER_NAME}." in name
+            name: parameter for name, parameter in network.named_parameters() if f".{ADAPTER_NAME}." in name
         }
         for name, parameter in self._adapters.items():
+            # In half precision the steps of an optimiser would be rounded away.
+            parameter.data = parameter.data.float()
             if "lora_A" in name:
                 bound = 1 / parameter.shape[1] ** 0.5
                 drawn = torch.rand(parameter.shape, generator=generator) * 2 - 1
                 parameter.data.copy_(drawn * bound)
             parameter.requires_grad_(True)
-        embedding_dim = teacher.unet.config.block_out_channels[0] * 4
-        self.camera_embedding = CameraEmbedding(conditioning_dim, embedding_dim)
-        for parameter in self.camera_embedding.expand.parameters():
-            bound = 1 / conditioning_dim**0.5
-            parameter.data.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
-        self.camera_embedding.to(teacher.device)
+        self.camera_embedding = self._build_camera_embedding(generator).to(teacher.device)
         self._switch(False)
+
+    def _build_camera_embedding(self, generator: torch.Generator | None) -> CameraEmbedding:
+        width = self.teacher.time_embedding_width
+        is_pose = self.camera_input == "pose"
+        input_dim, hidden_dim = (POSE_DIM, width) if is_pose else (CONDITIONING_DIM, 256)
+        embedding = CameraEmbedding(input_dim, width, hidden_dim)
+        for parameter in embedding.expand.parameters():
+            bound = 1 / input_dim**0.5
+            parameter.data.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
+        return embedding
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything the fake score trains: adapters and camera embedding."""
@@ -106,33 +120,78 @@ class LoRAFakeScore:
         self.camera_embedding.load_state_dict(camera)
 
     def remove(self) -> None:
-        """Take the adapters off the teacher's network again."""
-        self.teacher.unet.delete_adapters(ADAPTER_NAME)
+        """Take the adapters off the network again."""
+        self.teacher.network.delete_adapters(ADAPTER_NAME)
+
+    def predict_x0(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        context: Tensor,
+        conditioning: Tensor,
+        *,
+        knows_camera: Tensor | None = None,
+    ) -> Tensor:
+        """The student's x0-prediction, float32 [B, C, H, W]; arguments as `LatentDiffusionTeacher.denoise`.
+
+        Args:
+            conditioning: `Cameras.conditioning()`, float [B, 5].
+            knows_camera: bool [B], False hides the camera of a sample; None: all are known.
+        """
+        camera = conditioning.to(self.teacher.device)
+        if self.camera_input == "pose":
+            camera = pose_matrix(camera).flatten(1)
+        if knows_camera is not None:
+            camera = camera * knows_camera.to(camera)[:, None]
+        with self._active():
+            return self.teacher.denoise(x, sigma, context, self.camera_embedding(camera)).x0
 
     @contextmanager
-    def active(self, conditioning: Tensor) -> Iterator[Any]:
-        """Within the block the shared network is the fake score for these cameras, float [B, K]."""
-        unet = self.teacher.unet
-        added = self.camera_embedding(conditioning.to(self.teacher.device)).to(self.teacher.dtype)
-        handle = unet.time_embedding.register_forward_hook(lambda _module, _inputs, output: output + added)
+    def _active(self) -> Iterator[None]:
         self._switch(True)
         try:
-            yield unet
+            yield
         finally:
-            handle.remove()
             self._switch(False)
-
-    def predict_x0(self, x: Tensor, sigma: Tensor, context: Tensor, conditioning: Tensor) -> Tensor:
-        """The student's x0-prediction, float32 [B, C, H, W]; arguments as
-        `LatentDiffusionTeacher.predict_x0`."""
-        with self.active(conditioning):
-            return self.teacher.predict_x0(x, sigma, context)
 
     def _switch(self, enabled: bool) -> None:
         # peft clears requires_grad of adapters it disables; the optimiser's parameters must keep theirs.
         if enabled:
-            self.teacher.unet.enable_adapters()
+            self.teacher.network.enable_adapters()
         else:
-            self.teacher.unet.disable_adapters()
+            self.teacher.network.disable_adapters()
         for parameter in self._adapters.values():
             parameter.requires_grad_(True)
+
+
+def check_fake_base(teacher: LatentDiffusionTeacher, base: LatentDiffusionTeacher) -> None:
+    """Raise UsageError unless `base` can carry the fake score of `teacher`: same latents, same text."""
+    reasons = []
+    if base.latent_shape[0] != teacher.latent_shape[0]:
+        reasons.append(f"{base.latent_shape[0]} latent channels instead of {teacher.latent_shape[0]}")
+    if base.context_width != teacher.context_width:
+        reasons.append(f"text of {base.context_width} channels instead of {teacher.context_width}")
+    if base.vae.config.scaling_factor != teacher.vae.config.scaling_factor:
+        reasons.append("another scale of its latents")
+    if type(base) is not type(teacher):
+        reasons.append("another class of network")
+    if reasons:
+        raise UsageError(
+            f"'{base.name}' cannot carry the fake score of teacher '{teacher.name}': it has "
+            f"{' and '.join(reasons)}; choose a model of the same family, or leave fake_score.base out"
+        )
+
+
+def pose_matrix(conditioning: Tensor) -> Tensor:
+    """The camera-to-world matrix [B, 4, 4] of `Cameras.conditioning()` [B, 5].
+
+    Lengths are in half frame heights at the object: a network sees apparent size, not distance.
+    """
+    sin_azimuth, cos_azimuth, sin_elevation, cos_elevation, size = conditioning.unbind(dim=-1)
+    zero, one = torch.zeros_like(size), torch.ones_like(size)
+    right = torch.stack([cos_azimuth, zero, -sin_azimuth], dim=-1)
+    backward = torch.stack([cos_elevation * sin_azimuth, sin_elevation, cos_elevation * cos_azimuth], dim=-1)
+    up = torch.linalg.cross(backward, right)
+    position = backward * torch.exp(-size)[:, None]
+    upper = torch.stack([right, up, backward, position], dim=-1)
+    return torch.cat([upper, torch.stack([zero, zero, zero, one], dim=-1)[:, None]], dim=1)

@@ -77,7 +77,7 @@ class StepSetup:
 class TrainingStep(Protocol):
     """One whole training step, companions first; a build to be timed."""
 
-    def __call__(self) -> None: ...
+    def __call__(self) -> object: ...
 
 
 StepBuilder = Callable[[StepSetup], TrainingStep]

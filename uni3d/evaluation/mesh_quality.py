@@ -22,7 +22,7 @@ from uni3d.errors import UsageError
 from uni3d.evaluation.benchmark_nouns import BENCHMARK_COLOURS, HAS_FRONT, parse_prompt
 from uni3d.evaluation.contact_sheet import SheetRow, write_contact_sheet
 from uni3d.evaluation.evaluator import Evaluator
-from uni3d.evaluation.network import VIEW_WORDS
+from uni3d.evaluation.network import VIEW_WORDS, ImageOutput
 from uni3d.evaluation.report import format_rate, markdown_table, stress_note
 from uni3d.evaluation.settings import MeshQualitySettings
 from uni3d.evaluation.statistics import bootstrap_rate
@@ -85,6 +85,15 @@ class MeshScore:
         return not bad and self.noun_right is not False and self.colour_right is not False
 
 
+@dataclass(frozen=True)
+class JudgedMesh:
+    """A mesh's verdicts, its views, and what the evaluator saw: None where there was nothing to see."""
+
+    score: MeshScore
+    rendered: RenderedMesh | None = None
+    output: ImageOutput | None = None
+
+
 RenderFn = Callable[[Path, Cameras, int, MeshQualitySettings], RenderedMesh]
 
 
@@ -138,9 +147,9 @@ def evaluate_meshes(
     scores: list[MeshScore] = []
     rows: list[SheetRow] = []
     for item in items:
-        score, rendered = _score_mesh(item, evaluator, cameras, size, settings, render)
-        scores.append(score)
-        rows.append(_sheet_row(score, rendered, settings))
+        judged = judge_mesh(item, evaluator, cameras, size, settings, render)
+        scores.append(judged.score)
+        rows.append(_sheet_row(judged.score, judged.rendered, settings))
     report: dict[str, Any] = {
         "num_meshes": len(items),
         "num_failed": sum(score.error is not None for score in scores),
@@ -162,14 +171,15 @@ def evaluate_meshes(
     return report
 
 
-def _score_mesh(
+def judge_mesh(
     item: MeshItem,
     evaluator: Evaluator,
     cameras: Cameras,
     size: int,
     settings: MeshQualitySettings,
-    render: RenderFn,
-) -> tuple[MeshScore, RenderedMesh | None]:
+    render: RenderFn = render_mesh,
+) -> JudgedMesh:
+    """Look at one mesh from `cameras` at `size` pixels; one that cannot be read or is empty is all wrong."""
     asked = parse_prompt(item.prompt)
     front = asked.noun in HAS_FRONT
     known: dict[str, Any] = {
@@ -196,17 +206,18 @@ def _score_mesh(
     except (UsageError, OSError) as error:
         message = str(error) if str(item.path) in str(error) else f"'{item.path}': {error}"
         logger.warning("%s", message)
-        return MeshScore(**known, **wrong, error=message), None
+        return JudgedMesh(MeshScore(**known, **wrong, error=message))
     known["coverage"] = float(rendered.coverage.mean())
     if known["coverage"] < settings.min_coverage:
-        return MeshScore(**known, **wrong, is_empty=True), rendered
-    return MeshScore(**known, **_judge(rendered.images, asked, evaluator, cameras, settings)), rendered
+        return JudgedMesh(MeshScore(**known, **wrong, is_empty=True), rendered)
+    output = evaluator.encode(rendered.images)
+    score = MeshScore(**known, **_verdict(output, asked, evaluator, cameras, settings))
+    return JudgedMesh(score, rendered, output)
 
 
-def _judge(
-    images: Tensor, asked: Any, evaluator: Evaluator, cameras: Cameras, settings: MeshQualitySettings
+def _verdict(
+    output: ImageOutput, asked: Any, evaluator: Evaluator, cameras: Cameras, settings: MeshQualitySettings
 ) -> dict[str, Any]:
-    output = evaluator.encode(images)
     names = list(evaluator.noun_names)
     if asked.noun is not None and asked.noun not in names and evaluator.vocabulary.knows(asked.noun):
         names.append(asked.noun)
@@ -222,7 +233,7 @@ def _judge(
     if asked.noun is not None:
         index = names.index(asked.noun) if asked.noun in names else None
         verdict["noun_right"] = index == seen
-        right = torch.zeros(len(images)) if index is None else (nouns.argmax(1) == index).float()
+        right = torch.zeros(len(nouns)) if index is None else (nouns.argmax(1) == index).float()
         verdict["noun_views_right"] = float(right.mean())
         verdict["noun_worst_view_probability"] = 0.0 if index is None else float(nouns[:, index].min())
     if asked.colour is not None:

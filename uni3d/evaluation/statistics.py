@@ -1,4 +1,5 @@
-"""Numbers about samples: bootstrap intervals of rates and the Frechet distance of two sets of features."""
+"""Numbers about samples: bootstrap intervals, paired comparisons, and the Frechet distance of two sets of
+features."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from uni3d.errors import UsageError
@@ -45,6 +47,51 @@ def bootstrap_rate(
     picks = generator.integers(0, array.size, size=(num_resamples, array.size))
     low, high = np.quantile(array[picks].mean(axis=1), [0.025, 0.975])
     return Rate(float(array.mean()), float(low), float(high), int(array.size))
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of a - b over units that both were measured on, its 95 % bootstrap interval, and the p-value of
+    Wilcoxon's signed-rank test of "no difference" (two-sided, 1 where all differences are zero)."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    num: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_difference(
+    a: Sequence[float] | np.ndarray,
+    b: Sequence[float] | np.ndarray,
+    *,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> PairedDifference | None:
+    """Compare two methods on the same units (prompts): `a` and `b` [N], in the same order; None for no units.
+
+    Units are resampled whole, so what makes some prompts harder than others cancels. Raises UsageError for
+    lists of two lengths.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape:
+        raise UsageError(
+            f"got {first.size} and {second.size} values to compare in pairs; expected equal numbers"
+        )
+    difference = first - second
+    rate = bootstrap_rate(difference, num_resamples=num_resamples, seed=seed)
+    if rate is None:
+        return None
+    p_value = 1.0
+    if np.any(difference != 0):
+        # pyright cannot see that the result of scipy carries its p-value by name.
+        p_value = float(stats.wilcoxon(difference).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
+    return PairedDifference(rate.mean, rate.low, rate.high, p_value, rate.num)
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:

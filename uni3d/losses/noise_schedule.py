@@ -3,7 +3,8 @@
 One process is used throughout, the variance-exploding form x = x0 + sigma * eps ("ve", as in EDM). Any
 process x_t = alpha * x0 + s * eps is a rescaling of it: x = x_t / alpha, sigma = s / alpha. For a
 variance-preserving network ("vp": alpha^2 + s^2 = 1, alpha^2 = abar) sigma = sqrt((1 - abar) / abar) and
-x_vp = x / sqrt(1 + sigma^2).
+x_vp = x / sqrt(1 + sigma^2); for a rectified flow ("flow": alpha = 1 - t, s = t) sigma = t / (1 - t) and
+x_flow = x / (1 + sigma).
 
 Time weights are in x0 units: they multiply Delta = D_q - D_p (difference of x0-predictions) or its square.
 """
@@ -24,35 +25,21 @@ from uni3d.losses.per_sample import at_least_float32, over_elements, per_sample
 Form = Literal["ve", "vp"]
 
 
-class DiscreteVPSchedule:
-    """The noise levels of a network trained on `alphas_cumprod`: N values inside (0, 1), strictly falling.
+class SigmaTable:
+    """The noise levels sigma that a network knows, one for each of N timesteps, rising.
 
     Between two timesteps log sigma is interpolated linearly. Immutable; the table follows the device of each
-    argument. Raises ValueError for a table that is not as above. (A table that ends at zero, "zero terminal
-    SNR", has no finite last sigma: leave its last entry out.)
+    argument. Raises ValueError unless there are at least two levels, positive, finite and rising.
     """
 
-    def __init__(self, alphas_cumprod: Tensor | Sequence[float]) -> None:
-        abar = torch.as_tensor(alphas_cumprod, dtype=torch.float64).detach().cpu()
-        if abar.ndim != 1 or abar.numel() < 2:
-            raise ValueError(
-                f"alphas_cumprod has shape {tuple(abar.shape)}: expected [N] with N of at least 2"
-            )
-        if not (bool((abar > 0).all()) and bool((abar < 1).all()) and bool((abar.diff() < 0).all())):
-            raise ValueError(
-                f"alphas_cumprod runs from {abar[0].item():g} to {abar[-1].item():g}: expected values "
-                "strictly between 0 and 1 that fall at every step (leave out a last entry of zero)"
-            )
-        self._log_sigmas = 0.5 * (torch.log1p(-abar) - abar.log())
+    def __init__(self, log_sigmas: Tensor) -> None:
+        table = log_sigmas.detach().to("cpu", torch.float64)
+        if table.ndim != 1 or table.numel() < 2:
+            raise ValueError(f"log_sigmas has shape {tuple(table.shape)}: expected [N] with N of at least 2")
+        if not (bool(table.isfinite().all()) and bool((table.diff() > 0).all())):
+            raise ValueError("log_sigmas must be finite and rise at every step")
+        self._log_sigmas = table
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    @classmethod
-    def scaled_linear(
-        cls, num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
-    ) -> DiscreteVPSchedule:
-        """Stable Diffusion's schedule: sqrt(beta) runs linearly from sqrt(beta_start) to sqrt(beta_end)."""
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64).square()
-        return cls((1 - betas).cumprod(dim=0))
 
     @property
     def num_timesteps(self) -> int:
@@ -113,6 +100,59 @@ class DiscreteVPSchedule:
         return self._tables[key]
 
 
+class DiscreteVPSchedule(SigmaTable):
+    """The noise levels of a network trained on `alphas_cumprod`: N values inside (0, 1), strictly falling.
+
+    Raises ValueError for a table that is not as above. (A table that ends at zero, "zero terminal SNR", has
+    no finite last sigma: leave its last entry out.)
+    """
+
+    def __init__(self, alphas_cumprod: Tensor | Sequence[float]) -> None:
+        abar = torch.as_tensor(alphas_cumprod, dtype=torch.float64).detach().cpu()
+        if abar.ndim != 1 or abar.numel() < 2:
+            raise ValueError(
+                f"alphas_cumprod has shape {tuple(abar.shape)}: expected [N] with N of at least 2"
+            )
+        if not (bool((abar > 0).all()) and bool((abar < 1).all()) and bool((abar.diff() < 0).all())):
+            raise ValueError(
+                f"alphas_cumprod runs from {abar[0].item():g} to {abar[-1].item():g}: expected values "
+                "strictly between 0 and 1 that fall at every step (leave out a last entry of zero)"
+            )
+        super().__init__(0.5 * (torch.log1p(-abar) - abar.log()))
+
+    @classmethod
+    def scaled_linear(
+        cls, num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+    ) -> DiscreteVPSchedule:
+        """Stable Diffusion's schedule: sqrt(beta) runs linearly from sqrt(beta_start) to sqrt(beta_end)."""
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64).square()
+        return cls((1 - betas).cumprod(dim=0))
+
+
+class FlowSchedule(SigmaTable):
+    """The noise levels of a rectified flow x_t = (1 - t) x0 + t eps, as sigma = t / (1 - t).
+
+    The flow's times are k / num_train_timesteps, moved by `shift` s to s t / (1 + (s - 1) t) (Esser et al.
+    2024, section 5.3.2). The last, t = 1, is pure noise and has no finite sigma: it is left out, so N is
+    num_train_timesteps - 1.
+    """
+
+    def __init__(self, num_train_timesteps: int = 1000, *, shift: float = 1.0) -> None:
+        if num_train_timesteps < 3 or not shift > 0:
+            raise ValueError(
+                f"FlowSchedule({num_train_timesteps}, {shift=}): expected 3 steps or more, shift > 0"
+            )
+        t = torch.arange(1, num_train_timesteps, dtype=torch.float64) / num_train_timesteps
+        # t / (1 - t) of the shifted time is shift * t / (1 - t): the shift moves log sigma by a constant.
+        super().__init__(math.log(shift) + t.log() - torch.log1p(-t))
+
+
+def flow_time(sigma: Tensor | float) -> Tensor:
+    """The t in (0, 1) of x_t = (1 - t) x0 + t eps at noise level `sigma` (any shape): sigma / (1 + sigma)."""
+    sigma = at_least_float32(torch.as_tensor(sigma))
+    return sigma / (1 + sigma)
+
+
 # ---- between processes and parameterisations. x, x0, eps, v: [B, ...]; sigma: float or [B]; result in
 # float32 or better
 
@@ -162,19 +202,48 @@ def v_from_x0(x: Tensor, x0: Tensor, sigma: Tensor | float, form: Form = "ve") -
     return (alpha.square() * x - x0) / (sigma * alpha)
 
 
-_PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v_prediction": "v", "v": "v", "sample": "x0", "x0": "x0"}
+def flow_from_ve(x: Tensor, sigma: Tensor | float) -> Tensor:
+    """x0 + sigma eps -> (1 - t) x0 + t eps with t = sigma / (1 + sigma): divides by 1 + sigma."""
+    x, sigma = _with_sigma(x, sigma)
+    return x / (1 + sigma)
+
+
+def x0_from_velocity(x: Tensor, velocity: Tensor, sigma: Tensor | float, form: Form = "ve") -> Tensor:
+    """The clean sample that a rectified flow's velocity eps - x0 implies: x0 = x_t - t velocity."""
+    x, sigma = _ve(x, sigma, form)
+    return (x - sigma * velocity) / (1 + sigma)
+
+
+def velocity_from_x0(x: Tensor, x0: Tensor, sigma: Tensor | float, form: Form = "ve") -> Tensor:
+    """The inverse of `x0_from_velocity`; sigma > 0."""
+    x, sigma = _ve(x, sigma, form)
+    return (x - x0) / sigma - x0
+
+
+_PREDICTIONS = {
+    "epsilon": "eps",
+    "eps": "eps",
+    "v_prediction": "v",
+    "v": "v",
+    "sample": "x0",
+    "x0": "x0",
+    "velocity": "velocity",
+    "flow_prediction": "velocity",
+}
 
 
 def x0_from_prediction(
     prediction: Tensor, x: Tensor, sigma: Tensor | float, kind: str, form: Form = "ve"
 ) -> Tensor:
-    """A network's output -> x0-prediction. `kind`: eps, v or x0, or what diffusers calls them (epsilon,
-    v_prediction, sample)."""
+    """A network's output -> x0-prediction. `kind`: eps, v, x0 or velocity, or what diffusers calls them
+    (epsilon, v_prediction, sample, flow_prediction)."""
     match _prediction_kind(kind):
         case "eps":
             return x0_from_eps(x, prediction, sigma, form)
         case "v":
             return x0_from_v(x, prediction, sigma, form)
+        case "velocity":
+            return x0_from_velocity(x, prediction, sigma, form)
         case _:
             return at_least_float32(prediction)
 
@@ -186,6 +255,8 @@ def prediction_from_x0(x0: Tensor, x: Tensor, sigma: Tensor | float, kind: str, 
             return eps_from_x0(x, x0, sigma, form)
         case "v":
             return v_from_x0(x, x0, sigma, form)
+        case "velocity":
+            return velocity_from_x0(x, x0, sigma, form)
         case _:
             return at_least_float32(x0)
 

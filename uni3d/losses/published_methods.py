@@ -57,6 +57,14 @@ def published_methods() -> tuple[Recipe, ...]:
         guidance_scale=100.0,
     )
     dds = replace(sds, name="dds", title="Delta denoising score", student="source", guidance_scale=7.5)
+    csd = replace(
+        sds,
+        name="csd",
+        title="Classifier score distillation",
+        note="the guidance scale multiplies the whole; a negative prompt takes the place of the empty one",
+        student="classifier",
+        guidance_scale=7.5,
+    )
     red_diff = replace(
         sds,
         name="red_diff",
@@ -72,14 +80,71 @@ def published_methods() -> tuple[Recipe, ...]:
         di_star,
         sds,
         dds,
+        csd,
+        *_inversion_recipes(sds),
         vsd,
         *_dmd_recipes(diff_instruct),
         red_diff,
         swift_brush,
         sim,
         *_sid_recipes(),
+        *_discriminator_recipes(diff_instruct),
         *_uni_instruct_recipes(),
     )
+
+
+def _inversion_recipes(sds: Recipe) -> tuple[Recipe, ...]:
+    """Methods whose noise is the render's own, found by running DDIM backwards."""
+    # LucidDreamer (Liang et al. 2024): eps_q(x_t; prompt) - eps_q(x_s; no prompt), s one step before t.
+    # DDIM keeps the noise, so eps_q(x_s) = (x_t - D_q(x_s)) / sigma_t and Delta = D_q(x_t) - D_q(x_s).
+    ism = replace(
+        sds,
+        name="ism",
+        title="Interval score matching (LucidDreamer)",
+        note="four steps without the prompt lead to t; guidance 7.5 (both from memory)",
+        student="interval",
+        noise="inverted",
+        inversion_steps=4,
+        guidance_scale=7.5,
+    )
+    # Lukoianov et al. 2024: SDS whose noise is inverted, with the guidance of the denoising turned round.
+    sdi = replace(
+        sds,
+        name="sdi",
+        title="Score distillation via reparametrised DDIM",
+        note="ten steps of guidance -7.5, the loss's own turned round (from memory)",
+        noise="inverted",
+        inversion_steps=10,
+        inversion_guidance_scale=-7.5,
+        guidance_scale=7.5,
+    )
+    return ism, sdi
+
+
+def _discriminator_recipes(diff_instruct: Recipe) -> tuple[Recipe, ...]:
+    """Text-to-3D methods that lean on the discriminator."""
+    # Adversarial score distillation (Wei et al. 2024) reads SDS as a Wasserstein GAN; here the discriminator
+    # alone moves the scene, by the linear loss: with an optimal logit the reverse KL without any score.
+    adversarial = replace(
+        diff_instruct,
+        name="adv_sd",
+        title="Adversarial distillation, discriminator alone",
+        note="after adversarial score distillation (Wei et al. 2024), without its score term",
+        score_weight=0.0,
+        adversarial_weight=1.0,
+        adversarial_kind="linear",
+        time_weighting="vsd",
+    )
+    # Jensen-Shannon distillation: bounded weight r / (1 + r) of the score difference, r from the logit.
+    jensen_shannon = replace(
+        diff_instruct,
+        name="jsd",
+        title="Jensen-Shannon distillation",
+        note="the log-odds of a discriminator weigh VSD's difference of scores",
+        divergence=divergences.get("js"),
+        time_weighting="vsd",
+    )
+    return adversarial, jensen_shannon
 
 
 def _dmd_recipes(diff_instruct: Recipe) -> tuple[Recipe, ...]:

@@ -17,7 +17,8 @@ from uni3d.losses.divergence import Divergence
 from uni3d.losses.names import canonical, unknown_name
 
 CoreForm = Literal["score_difference", "uni_instruct", "sid", "sim"]
-Student = Literal["trained", "dirac", "source"]
+Student = Literal["trained", "dirac", "source", "classifier", "interval"]
+Noise = Literal["fresh", "inverted"]
 
 
 class NetworkPasses(NamedTuple):
@@ -61,13 +62,26 @@ class Recipe:
     form: CoreForm
     student: Student = "trained"
     """Whose density p is. "trained": a fake score's, trained on the student; "dirac": one image's, so that
-    D_p(x_t) = sg(x0); "source": as dirac, less the teacher's error on a source image (DDS)."""
+    D_p(x_t) = sg(x0); "source": as dirac, less the teacher's error on a source image (DDS); "classifier": the
+    teacher's own without the prompt, so that Delta is what guidance alone adds (CSD); "interval": the
+    teacher's own prediction one step of the inversion earlier, without the prompt (ISM)."""
+    noise: Noise = "fresh"
+    """"inverted": x_t is not x0 plus new noise but where DDIM, run backwards from x0, arrives."""
+    inversion_steps: int = 0
+    """Teacher predictions of one inversion."""
+    inversion_guidance_scale: float = 0.0
+    """Guidance of these predictions; 0 asks the teacher without the prompt."""
 
     ui_form: generator.Form = "exact"
     """Form of `generator.uni_instruct_loss`."""
     ratio: Literal["attached", "detached", "one"] | None = None
     """How the ratio enters it; None is the form's own way. "one" replaces r by 1, which is what the released
     program's formula evaluates to, to three digits, whatever the discriminator says."""
+    jac_teacher: bool = True
+    """Whether the forms that differentiate through networks do so through the teacher; False is an ablation
+    that drops J_q^T (...) from the exact gradient."""
+    jac_fake: bool = True
+    """The same for the fake score."""
     alpha: float = 1.0
     """SiD's alpha."""
     huber_constant: float = 0.00054
@@ -109,6 +123,7 @@ class Recipe:
         for kind, value, known in (
             ("recipe form", self.form, get_args(CoreForm)),
             ("kind of student", self.student, get_args(Student)),
+            ("kind of noise", self.noise, get_args(Noise)),
             ("normalisation", self.normalisation, ("none", "l1")),
             ("time weight", canonical(self.time_weighting), noise_schedule.time_weight_names()),
         ):
@@ -120,6 +135,15 @@ class Recipe:
 
     def _check_student(self) -> None:
         f = self.divergence
+        if (self.noise == "inverted") != (self.inversion_steps > 0):
+            raise ValueError(
+                f"{self.name}: noise={self.noise!r} with {self.inversion_steps} inversion_steps; "
+                f"inverted noise takes at least one step, fresh noise none"
+            )
+        if self.student == "interval" and self.noise != "inverted":
+            raise ValueError(
+                f"{self.name}: student='interval' is a step of an inversion; pass noise='inverted'"
+            )
         if not f.is_constant and self.form in ("sid", "sim"):
             raise ValueError(
                 f"{self.name} is defined for reverse_kl, got {f.name}: use uni_instruct for other divergences"
@@ -167,12 +191,17 @@ class Recipe:
     @property
     def needs_teacher_jacobian(self) -> bool:
         """Whether gradients must flow through the teacher."""
-        return self.score_weight > 0 and self.form != "score_difference"
+        return self.score_weight > 0 and self.form != "score_difference" and self.jac_teacher
 
     @property
     def needs_fake_jacobian(self) -> bool:
         """Whether gradients must flow through the fake score."""
-        return self.needs_fake_score and self.form != "score_difference"
+        return self.needs_fake_score and self.form != "score_difference" and self.jac_fake
+
+    @property
+    def needs_negative(self) -> bool:
+        """Whether the teacher's prediction without the prompt takes the place of the fake score's."""
+        return self.student == "classifier" and self.score_weight > 0
 
     @property
     def required_terms(self) -> tuple[str, ...]:
@@ -188,7 +217,10 @@ class Recipe:
         """What one step costs at the recipe's own guidance scales; a guided prediction is two passes."""
         teacher = 0
         if self.score_weight > 0:
-            teacher = (2 if self.guidance_scale != 1 else 1) * (2 if self.student == "source" else 1)
+            is_guided = self.guidance_scale != 1 or self.needs_negative
+            teacher = (2 if is_guided else 1) * (2 if self.student == "source" else 1)
+            # Guidance scales of 0 and 1 take one pass, without and with the prompt.
+            teacher += self.inversion_steps * (1 if self.inversion_guidance_scale in (0, 1) else 2)
         fake = (2 if self.fake_guidance_scale != 1 else 1) if self.needs_fake_score else 0
         critic = 1 if self.needs_discriminator else 0
         backward = teacher * self.needs_teacher_jacobian + fake * self.needs_fake_jacobian
@@ -208,7 +240,14 @@ class Recipe:
             "uni_instruct": self._ui_terms(),
         }[self.form]
         if self.student != "trained":
-            core += {"dirac": ", D_p=sg(x0)", "source": ", D_p=sg(x0)+source error"}[self.student]
+            core += {
+                "dirac": ", D_p=sg(x0)",
+                "source": ", D_p=sg(x0)+source error",
+                "classifier": ", D_p=D_q without prompt",
+                "interval": ", D_p=D_q before",
+            }[self.student]
+        if self.noise == "inverted":
+            core += ", inverted noise"
         if self.self_normalise:
             core += ", psi/mean"
         parts = [core] if self.score_weight > 0 else []

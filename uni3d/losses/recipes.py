@@ -91,7 +91,8 @@ def generator_loss(
     x0 [B, ...] attached to the student; sigma float or [B]; teacher_x0 (guided already), fake_x0 [B, ...] and
     log_ratio [B] at x_t = x0 + sigma eps; adversarial_logits [B, ...] of x_t; `regression`, `data_fidelity`
     (losses) and `reward` (the more the better) [B] or functions of x0; `source_x0` and `source_teacher_x0`,
-    the source image and the teacher's prediction of it under its own prompt with the same noise (DDS). Each
+    the source image and the teacher's prediction of it under its own prompt with the same noise (DDS). For
+    CSD fake_x0 is the teacher's prediction without the prompt. Each
     prediction may be a function without arguments: it is called only if the recipe needs it, and under
     `torch.no_grad` if no gradient flows through it.
 
@@ -174,8 +175,8 @@ def _student_prediction(
     source_x0: Tensor | None,
     source_teacher_x0: Prediction | None,
 ) -> Tensor:
-    """D_p: the fake score's prediction, or what it would be for a student that is the single image x0."""
-    if recipe.student == "trained":
+    """D_p: the fake score's prediction, or what takes its place where none is trained."""
+    if recipe.student in ("trained", "classifier", "interval"):
         return _evaluate(recipe, "fake_x0", fake_x0, differentiable=recipe.needs_fake_jacobian)
     dirac = at_least_float32(x0.detach())
     if recipe.student == "dirac":

@@ -117,7 +117,53 @@ def extract_surface(
     report["iso_level"] = level
     vertices, faces, counts = _polygonise(grid, level, min_component_fraction, fill_cavities)
     report |= counts
-    report["triangles_before"] = len(faces)
+    surface = finished_surface(
+        vertices,
+        faces,
+        max_triangles,
+        smoothing_iterations=smoothing_iterations,
+        iso_level=level,
+        report=report,
+    )
+    logger.info(
+        "surface at density %.3g: %d triangles, %d floaters removed",
+        level,
+        len(surface.faces),
+        report["floaters_removed"],
+    )
+    return surface
+
+
+def densest_level(
+    density_fn: DensityFunction,
+    half_extent: float,
+    *,
+    share: float = 0.02,
+    device: torch.device | str = "cpu",
+) -> float:
+    """The density that the densest `share` of the box exceeds: an iso level for a field that is fog all over,
+    to start a surface from rather than to show. EmptySurfaceError if the densities do not differ."""
+    ticks = np.linspace(-half_extent, half_extent, COARSE_RESOLUTION, dtype=np.float32)
+    points = np.stack(np.meshgrid(ticks, ticks, ticks, indexing="ij"), axis=-1).reshape(-1, 3)
+    density = _Evaluator(density_fn, 1 << 17, torch.device(device))(points)
+    level = float(np.quantile(density, 1 - share))
+    if not 0 < level < float(density.max()):
+        raise EmptySurfaceError(_empty_message("its density is the same everywhere"))
+    return level
+
+
+def finished_surface(
+    vertices: NDArray[np.floating],
+    faces: NDArray[np.int64],
+    max_triangles: int,
+    *,
+    smoothing_iterations: int = 0,
+    iso_level: float = 0.0,
+    report: dict[str, Any],
+) -> Surface:
+    """The last steps for any closed surface, vertices [V, 3], faces [F, 3]: smoothed, reduced to at most
+    `max_triangles`, manifold and outward. `report` is completed as `extract_surface` describes."""
+    report = report | {"triangles_before": len(faces)}
     vertices, faces = _finish(vertices, faces, smoothing_iterations, max_triangles)
     open_edges = open_edge_count(faces)
     report |= {
@@ -127,13 +173,7 @@ def extract_surface(
         "volume": float(signed_volumes(vertices, faces).sum()),
         "area": float(face_areas(vertices, faces).sum()),
     }
-    logger.info(
-        "surface at density %.3g: %d triangles, %d floaters removed",
-        level,
-        len(faces),
-        report["floaters_removed"],
-    )
-    return Surface(vertices.astype(np.float32), faces, level, report)
+    return Surface(vertices.astype(np.float32), faces, iso_level, report)
 
 
 def choose_iso_level(grid: DensityGrid, *, fog_density: float = 0.0) -> tuple[float, float]:

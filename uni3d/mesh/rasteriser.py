@@ -140,7 +140,8 @@ def antialias(
     """`image` [B, C, H, W] with antialiased silhouettes, whose gradient reaches the vertices.
 
     Finding the silhouettes is most of the work: put all maps of a render into the channels of one call.
-    `edges`: of `mesh_edges(faces)`, which spares sorting the faces when they stay the same.
+    `edges`: of `mesh_edges(faces)`, which spares sorting the faces when they stay the same. A pixel with
+    silhouettes on several sides (a feature thinner than two pixels) can leave the range of its neighbours.
     The fragments must come from the same vertices, faces and cameras. Raises UsageError if the sizes differ.
     """
     if image.ndim != 4 or (image.shape[0], *image.shape[2:]) != tuple(fragments.face.shape):

@@ -1,5 +1,6 @@
 """The passes of the rasteriser that need no gradient, vectorised in torch: for the CPU, and as the twin of
-the Triton kernels.
+the Triton kernels. Small faces are found faster this way than by building embree's tree anew in
+each step and casting a ray a pixel.
 
 Both passes list candidates (a triangle and a pixel of its bounding box; an edge and a row it crosses), test
 all of them at once, and let the best of each pixel win by the minimum of a 64-bit key, which does not depend

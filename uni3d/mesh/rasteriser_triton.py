@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from uni3d.errors import UsageError
 from uni3d.mesh.edge_functions import NEAR_DEPTH
@@ -29,7 +30,7 @@ QUEUE_READERS = (64, 8)  # large triangles in work at a time, and tiles of each
 _NEAR = tl.constexpr(NEAR_DEPTH)
 _MARGIN = tl.constexpr(BOX_MARGIN)
 _MIN_AREA = tl.constexpr(MIN_AREA)
-_IS_INTERPRETED = triton.knobs.runtime.interpret
+_IS_INTERPRETED = knobs.runtime.interpret
 # Fused multiply-adds could round an edge differently in its two triangles and leave a gap between them.
 _OPTIONS = {"enable_fp_fusion": False}
 

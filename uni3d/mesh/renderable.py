@@ -10,7 +10,6 @@ import posixpath
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -129,7 +128,7 @@ def without_degenerate_faces(mesh: RenderableMesh) -> RenderableMesh:
     )
 
 
-def open_picture(data: bytes, formats: Sequence[str]) -> Image.Image:
+def open_picture(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     """A picture in one of Pillow's `formats`, opened but not decoded; UsageError if it is another, damaged,
     or larger than MAX_IMAGE_PIXELS.
 

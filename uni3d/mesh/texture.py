@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from uni3d.mesh.unwrap import UnwrapMethod, unwrap
 logger = logging.getLogger(__name__)
 
 ColourFunction = Callable[[Tensor], Tensor]
+SurfaceColourFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Bilinear look-ups inside a chart reach texels whose centres are up to this far outside of it (the diagonal).
 BORDER_TEXELS = 1.5
@@ -43,10 +44,41 @@ def bake_texture(
     chunk_size: int = 1 << 17,
     device: torch.device | str = "cpu",
 ) -> TexturedMesh:
-    """Unwrap `surface` and paint it.
+    """Unwrap `surface` and paint it with a function of points.
 
     colour_fn: points float32 [P, 3] on the surface, in scene units on `device` -> colours [P, 3], sRGB
-    display values (clipped to [0, 1]); called without gradients on at most `chunk_size` points at a time.
+    display values (clipped to [0, 1]). The rest is as in `bake_surface_colours`.
+    """
+    return bake_surface_colours(
+        surface,
+        lambda points, face, barycentric: colour_fn(points),
+        size,
+        supersample=supersample,
+        gutter=gutter,
+        unwrap_method=unwrap_method,
+        unwrap_time_limit_s=unwrap_time_limit_s,
+        chunk_size=chunk_size,
+        device=device,
+    )
+
+
+def bake_surface_colours(
+    surface: Surface,
+    colour_fn: SurfaceColourFunction,
+    size: int = 1024,
+    *,
+    supersample: int = 1,
+    gutter: int | None = None,
+    unwrap_method: UnwrapMethod = "auto",
+    unwrap_time_limit_s: float = 20.0,
+    chunk_size: int = 1 << 17,
+    device: torch.device | str = "cpu",
+) -> TexturedMesh:
+    """Unwrap `surface` and paint it with a function of where on which face a point lies.
+
+    colour_fn: points float32 [P, 3] in scene units, their faces int64 [P] and barycentric weights float32
+    [P, 3], all on `device` -> sRGB colours [P, 3] (clipped to [0, 1]); called without gradients on at most
+    `chunk_size` points at a time.
     size: texels a side, a power of two from 64 to 4096. supersample: samples a side per texel, averaged.
     gutter: distance between charts in texels, None: DEFAULT_GUTTER of 1024 and never less; the space between
     them is filled from the nearest chart whatever its width, so that no mip level mixes background into the
@@ -75,7 +107,11 @@ def bake_texture(
     )
     corners = surface.vertices[surface.faces[face]]
     points = np.einsum("kc,kcd->kd", barycentric, corners)
-    colours = _colours(colour_fn, points, chunk_size, torch.device(device))
+    places = [
+        torch.from_numpy(np.ascontiguousarray(values)).to(device)
+        for values in (points.astype(np.float32), face, barycentric.astype(np.float32))
+    ]
+    colours = _colours(colour_fn, places, chunk_size)
     pixels, is_covered = _average(texel, colours, fine, supersample)
     texture = np.rint(_fill(pixels, is_covered) * 255.0).astype(np.uint8)
     report = surface.report | {
@@ -91,13 +127,14 @@ def bake_texture(
 
 @torch.no_grad()
 def _colours(
-    colour_fn: ColourFunction, points: NDArray[np.floating], chunk_size: int, device: torch.device
+    colour_fn: SurfaceColourFunction, places: Sequence[Tensor], chunk_size: int
 ) -> NDArray[np.float32]:
-    """Colours float32 [P, 3] in [0, 1] at `points` [P, 3]."""
-    on_device = torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32)).to(device)
-    colours = torch.cat([colour_fn(chunk).float() for chunk in on_device.split(chunk_size)])
-    if colours.shape != (len(points), 3):
-        raise ValueError(f"colour_fn gave {tuple(colours.shape)} for {len(points)} points; expected [P, 3]")
+    """Colours float32 [P, 3] in [0, 1] at points [P, 3] of faces [P] and barycentric weights [P, 3]."""
+    chunks = zip(*(part.split(chunk_size) for part in places), strict=True)
+    colours = torch.cat([colour_fn(*chunk).float() for chunk in chunks])
+    num = len(places[0])
+    if colours.shape != (num, 3):
+        raise ValueError(f"colour_fn gave {tuple(colours.shape)} for {num} points; expected [P, 3]")
     if not bool(torch.isfinite(colours).all()):
         raise Uni3DError(
             "the field has colours that are not finite, so no texture can be baked; "

@@ -16,6 +16,8 @@ from uni3d.mesh.renderable import RenderableMesh
 
 # distance between charts that smaller mip levels need: 8 texels of 1024
 MIN_GUTTER_SHARE = 8 / 1024
+# Work that measuring one texture may cost; an atlas of 4096 texels a side needs about half of it.
+MAX_MEASURED_TEXELS = 1 << 26
 # Rec. 709
 LUMINANCE_WEIGHTS = np.array([0.2126, 0.7152, 0.0722])
 
@@ -79,8 +81,10 @@ def _measure(mesh: RenderableMesh, chosen: NDArray[np.bool_], texture: NDArray[n
         return facts
     # rasterised at the texture's own size (the longer side, if it is not square)
     size = max(width, height)
+    affordable = _affordable_faces(uv * size)
+    uv, corners = uv[affordable], mesh.vertices[mesh.faces[chosen][affordable]]
     texel, face, _, overlap = rasterise(uv * size, size, margin=0.0)
-    chart = _charts(mesh.vertices[mesh.faces[chosen]], uv)
+    chart = _charts(corners, uv)
     chart_of_texel = np.full(size * size, -1, np.int64)
     chart_of_texel[texel] = chart[face]
     square = texture[..., :3] if width == height else _stretch(texture[..., :3], size)
@@ -98,6 +102,20 @@ def _measure(mesh: RenderableMesh, chosen: NDArray[np.bool_], texture: NDArray[n
         "gutter_error": _gutter_error(square, covered),
         "luminance": [float(value) for value in np.quantile(luminance, (0.01, 0.99))],
     }
+
+
+def _affordable_faces(corners: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Faces [F] whose bounding boxes in the texture add up to at most MAX_MEASURED_TEXELS.
+
+    An atlas has few texels twice, but walls of bricks show the whole texture on every face; then some faces,
+    chosen at random, show the overlap as well as all of them.
+    """
+    boxes = np.prod(np.ptp(corners, axis=1) + 1, axis=1)
+    if boxes.sum() <= MAX_MEASURED_TEXELS:
+        return np.arange(len(corners))
+    order = np.random.default_rng(0).permutation(len(corners))
+    num = max(int(np.searchsorted(np.cumsum(boxes[order]), MAX_MEASURED_TEXELS)), 1)
+    return np.sort(order[:num])
 
 
 def _mirrored_fraction(uv: NDArray[np.float64]) -> float:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from uni3d.errors import UsageError
+from uni3d.random_streams import SharedStream
 from uni3d.scene import marching, packed
 from uni3d.scene.camera import Cameras
 from uni3d.scene.marching import (
@@ -54,7 +55,7 @@ def render_within_budget(
     background: Tensor | float = 1.0,
     *,
     num_samples: int = 80,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | SharedStream | None = None,
     occupancy: OccupancyGrid | None = None,
     stop_transmittance: float = 1e-3,
     max_samples: int | None = None,
@@ -135,7 +136,7 @@ def _lattice(
     height: int,
     width: int,
     num_samples: int,
-    generator: torch.Generator | None,
+    generator: torch.Generator | SharedStream | None,
     occupancy: OccupancyGrid | None,
 ) -> Lattice:
     origins, directions = (rays.reshape(-1, 3) for rays in cameras.rays(height, width))

@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from uni3d import random_streams
+from uni3d.random_streams import SharedStream
+
 
 def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
     """`generator` itself on its own kind of device, else one of `device` that it seeds."""
@@ -19,8 +22,10 @@ def generator_on(device: torch.device, generator: torch.Generator) -> torch.Gene
     return torch.Generator(device).manual_seed(seed)
 
 
-def uniform(*shape: int, generator: torch.Generator, device: torch.device) -> Tensor:
+def uniform(*shape: int, generator: torch.Generator | SharedStream, device: torch.device) -> Tensor:
     """Uniform numbers in [0, 1), float32 of `shape` on `device`."""
+    if isinstance(generator, SharedStream):
+        return to_device(random_streams.uniform(shape, generator), device)
     return torch.rand(shape, generator=generator_on(device, generator), device=device)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from uni3d.random_streams import SharedStream
 from uni3d.scene.device_draws import uniform
 from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.packed import Segments, exclusive_sum
@@ -24,7 +25,7 @@ from uni3d.scene.packed import Segments, exclusive_sum
 PLACES_PER_CHUNK = 2**24  # about 600 MB of temporaries
 
 
-def lattice_shift(origins: Tensor, generator: torch.Generator | None) -> Tensor:
+def lattice_shift(origins: Tensor, generator: torch.Generator | SharedStream | None) -> Tensor:
     """Part of a step, in [0, 1), by which each ray's lattice is moved, [R]; without a generator one half."""
     if generator is None:
         return torch.full_like(origins[:, 0], 0.5)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from uni3d.errors import MissingPackageError, UsageError
+from uni3d.random_streams import SharedStream
 from uni3d.scene.camera import Cameras
 from uni3d.scene.marching import along, lattice_shift, places_inside, scene_bounds
 from uni3d.scene.occupancy import OccupancyGrid
@@ -71,7 +72,7 @@ def render_with_nerfacc(
     background: Tensor | float = 1.0,
     *,
     num_samples: int = 80,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | SharedStream | None = None,
     occupancy: OccupancyGrid | None = None,
     stop_transmittance: float = 1e-3,
     max_samples: int | None = None,

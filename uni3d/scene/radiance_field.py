@@ -62,6 +62,8 @@ class RadianceField(nn.Module):
     Raises UsageError for an unknown encoding or activation, or hash options with a dense field.
     """
 
+    tetrahedron: Tensor
+
     def __init__(
         self,
         *,
@@ -101,6 +103,8 @@ class RadianceField(nn.Module):
         self.resolutions = tuple(resolutions) if encoding == "dense" else ()
         self.num_active_levels = len(self.resolutions)
         self.density_sharpness = 1.0
+        corners = torch.tensor([[1, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]], dtype=torch.float32)
+        self.register_buffer("tetrahedron", corners, persistent=False)  # on the device, where it is needed
         if encoding == "dense":
             self.density_grids = nn.ParameterList(
                 nn.Parameter(torch.zeros(1, size, size, size)) for size in self.resolutions
@@ -146,7 +150,7 @@ class RadianceField(nn.Module):
         """
         if offset is None:
             offset = self.half_extent / max(self.resolutions or self.hash_grid.resolutions)
-        tetrahedron = points.new_tensor([[1, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]]) * offset
+        tetrahedron = self.tetrahedron.to(points.dtype) * offset
         probes = (points[:, None, :] + tetrahedron).reshape(-1, 3)
         level = torch.log1p(self.density(probes)).view(-1, 4)
         return -nn.functional.normalize(level @ tetrahedron, dim=-1, eps=1e-9)

@@ -44,9 +44,9 @@ def _load_ray(origins, directions, start, count, ray, is_ray, half_extent, per_u
 @triton.jit
 def _is_occupied(occupied, x, y, z, slope_x, slope_y, slope_z, distance, is_place, size):
     """1 for a distance inside an occupied cell, else 0; cells are stored z, y, x."""
-    cell_x = tl.minimum(tl.maximum((x + slope_x * distance).to(tl.int32), 0), size - 1)
-    cell_y = tl.minimum(tl.maximum((y + slope_y * distance).to(tl.int32), 0), size - 1)
-    cell_z = tl.minimum(tl.maximum((z + slope_z * distance).to(tl.int32), 0), size - 1)
+    cell_x = tl.minimum(tl.maximum(x + slope_x * distance, 0.0), size - 1.0).to(tl.int32)
+    cell_y = tl.minimum(tl.maximum(y + slope_y * distance, 0.0), size - 1.0).to(tl.int32)
+    cell_z = tl.minimum(tl.maximum(z + slope_z * distance, 0.0), size - 1.0).to(tl.int32)
     flag = tl.load(occupied + (cell_z * size + cell_y) * size + cell_x, mask=is_place, other=0)
     return flag.to(tl.int32)
 
@@ -181,17 +181,25 @@ def _programs(num_rays: int) -> int:
     return triton.cdiv(num_rays, RAYS)
 
 
+def _walk(lattice: Lattice, occupancy: OccupancyGrid) -> tuple[list[Tensor], list[float]]:
+    """Tensors and numbers that both walks through the grid start from."""
+    # One camera's origins are one row repeated by a stride of 0.
+    rays = [lattice.origins, lattice.directions, lattice.start, lattice.count]
+    cells = occupancy.is_occupied.view(torch.uint8)
+    size = occupancy.resolution
+    numbers = [lattice.step, size, occupancy.half_extent, size / (2 * occupancy.half_extent)]
+    return [tensor.contiguous() for tensor in (*rays, cells)], numbers
+
+
 def count_occupied(lattice: Lattice, occupancy: OccupancyGrid) -> Tensor:
     """Number of places in occupied cells on each ray, int64 [R]; twin of `marching.count_occupied`."""
     num_rays = lattice.start.shape[0]
     found = torch.empty(num_rays, dtype=torch.int64, device=lattice.start.device)
+    tensors, numbers = _walk(lattice, occupancy)
     with torch.cuda.device_of(found):
         _count_occupied[(_programs(num_rays),)](
-            lattice.origins, lattice.directions, lattice.start, lattice.count,
-            occupancy.is_occupied.view(torch.uint8), found,
-            num_rays, lattice.step, occupancy.resolution, occupancy.half_extent,
-            occupancy.resolution / (2 * occupancy.half_extent), RAYS=RAYS, num_warps=NUM_WARPS,
-        )  # fmt: skip
+            *tensors, found, num_rays, *numbers, RAYS=RAYS, num_warps=NUM_WARPS
+        )
     return found
 
 
@@ -199,12 +207,11 @@ def occupied_places(lattice: Lattice, occupancy: OccupancyGrid, allotment: Allot
     """The place that each slot's sample stands at, int64 [N]; twin of `marching.occupied_places`."""
     num_rays = lattice.start.shape[0]
     places = torch.zeros(allotment.budget, dtype=torch.int64, device=lattice.start.device)
+    tensors, numbers = _walk(lattice, occupancy)
     with torch.cuda.device_of(places):
         _write_places[(_programs(num_rays),)](
-            lattice.origins, lattice.directions, lattice.start, lattice.count,
-            occupancy.is_occupied.view(torch.uint8), allotment.wanted, allotment.kept, allotment.end, places,
-            num_rays, lattice.step, occupancy.resolution, occupancy.half_extent,
-            occupancy.resolution / (2 * occupancy.half_extent), RAYS=RAYS, num_warps=NUM_WARPS,
+            *tensors, allotment.wanted, allotment.kept, allotment.end, places,
+            num_rays, *numbers, RAYS=RAYS, num_warps=NUM_WARPS,
         )  # fmt: skip
     return places
 
@@ -215,8 +222,8 @@ def absorb(optical_depth: Tensor, segments: Segments, stop_transmittance: float)
     limit = -math.log(stop_transmittance) if stop_transmittance > 0 else math.inf
     with torch.cuda.device_of(lit):
         _absorb[(_programs(segments.num_rays),)](
-            optical_depth, segments.start, segments.end, lit, opacities, segments.num_rays, limit,
-            RAYS=RAYS, num_warps=NUM_WARPS,
+            optical_depth.contiguous(), segments.start, segments.end, lit, opacities,
+            segments.num_rays, limit, RAYS=RAYS, num_warps=NUM_WARPS,
         )  # fmt: skip
     return lit, opacities
 

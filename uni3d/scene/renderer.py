@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from uni3d.errors import UsageError
+from uni3d.random_streams import SharedStream
 from uni3d.scene.camera import Cameras
 from uni3d.scene.marching import along, is_occupied, lattice_shift, places_inside, scene_bounds
 from uni3d.scene.occupancy import OccupancyGrid
@@ -88,7 +89,7 @@ class Renderer(Protocol):
         background: Tensor | float = 1.0,
         *,
         num_samples: int = 80,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | SharedStream | None = None,
         occupancy: OccupancyGrid | None = None,
         stop_transmittance: float = 1e-3,
         max_samples: int | None = None,
@@ -104,7 +105,7 @@ def render(
     background: Tensor | float = 1.0,
     *,
     num_samples: int = 80,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | SharedStream | None = None,
     occupancy: OccupancyGrid | None = None,
     stop_transmittance: float = 1e-3,
     max_samples: int | None = None,
@@ -227,7 +228,7 @@ def evaluate_within_budget(
     points: Tensor,
     segments: Segments,
     max_samples: int | None,
-    generator: torch.Generator | None,
+    generator: torch.Generator | SharedStream | None,
 ) -> tuple[Tensor, Tensor]:
     """Density [N] and colour [N, 3] at `points` [N, 3], with gradient for at most `max_samples` of them."""
     num_points = points.shape[0]
@@ -245,11 +246,15 @@ def evaluate_within_budget(
     return all_density[to_place], all_colour[to_place]
 
 
-def _rays_within_budget(segments: Segments, max_samples: int, generator: torch.Generator | None) -> Tensor:
+def _rays_within_budget(
+    segments: Segments, max_samples: int, generator: torch.Generator | SharedStream | None
+) -> Tensor:
     """Which rays get gradient, bool [R]: as many of a shuffled order as fit into `max_samples`."""
     num_rays, device = segments.num_rays, segments.start.device
     if generator is None:
         generator = torch.Generator().manual_seed(0)
+    if isinstance(generator, SharedStream):
+        generator = generator.generator
     order = torch.randperm(num_rays, generator=generator, device=generator.device).to(device)
     counts = (segments.end - segments.start)[order]
     fits = torch.zeros(num_rays, dtype=torch.bool, device=device)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from uni3d.diffusion.camera_token import CameraToken
-from uni3d.diffusion.stable_diffusion import quiet_libraries
+from uni3d.diffusion.teacher_files import quiet_libraries
 from uni3d.errors import UsageError
 from uni3d.teacher.autoencoder import build_autoencoder
 from uni3d.teacher.checkpoint_files import read_state, read_tensors

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from uni3d.diffusion.camera_token import CameraToken, insert_camera_token
-from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
+from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import MissingWeightsError
 from uni3d.scene.camera import Cameras
 from uni3d.teacher.denoiser import build_scheduler
@@ -82,10 +82,10 @@ def load_teacher(
     assert teacher.camera_token is not None
     return TeacherModules(
         autoencoder=teacher.vae,
-        unet=teacher.unet,
-        text_encoder=teacher.text_encoder,
+        unet=teacher.network,
+        text_encoder=teacher.text_encoders[0],
         camera_token=teacher.camera_token,
-        tokenizer=teacher.tokenizer,
+        tokenizer=teacher.tokenizers[0],
     )
 
 

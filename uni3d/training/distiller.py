@@ -17,15 +17,34 @@ import torch
 from torch import Tensor
 
 from uni3d.diffusion.discriminator import DiscriminatorHead
-from uni3d.diffusion.lora_score import LoRAFakeScore
+from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
+from uni3d.diffusion.lora_score import CameraInput, LoRAFakeScore, check_fake_base
 from uni3d.diffusion.prompt import PromptContexts
-from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.losses.discriminator import RatioNormaliser
 from uni3d.losses.recipes import Recipe
+from uni3d.random_streams import SharedStream
 from uni3d.training.descent import descend
+from uni3d.training.fake_score_law import SHARED_LAW, FakeScoreLaw
 from uni3d.training.guidance import GuidanceLosses, RealLatents, ScoreDistillation
+from uni3d.training.processes import Processes
 
 MAX_CRITIC_GRADIENT_NORM = 1.0
+
+
+class SharedRatioNormaliser(RatioNormaliser):
+    """Counts the samples of all processes, so that all divide by the same means."""
+
+    def __init__(self, processes: Processes) -> None:
+        super().__init__()
+        self.processes = processes
+
+    @torch.no_grad()
+    def update(self, log_ratio: Tensor, sigma: Tensor) -> None:
+        """As `RatioNormaliser.update`; every process has equally many samples."""
+        num = log_ratio.shape[0] * self.processes.num
+        rows = torch.stack([log_ratio.float(), sigma.float().to(log_ratio.device)], dim=1)
+        whole = self.processes.join_rows(rows, num)
+        super().update(whole[:, 0], whole[:, 1])
 
 
 class Distiller:
@@ -39,8 +58,15 @@ class Distiller:
         fake_score_learning_rate, discriminator_learning_rate: of their AdamW.
         fake_score_updates, discriminator_updates: of each for one step of the student.
         max_log_ratio: bound on the absolute log density ratio.
+        fake_base: another model whose network carries the fake score; None: the teacher's own.
+        fake_camera: how the fake score is told the camera, see `LoRAFakeScore`.
+        fake_law: how it is trained.
+        fake_score_weight_decay: of its AdamW.
+        perp_neg: see `ScoreDistillation`.
         generator: CPU generator of initial weights, teacher samples and noise; shared with the caller, and
             its state is the caller's to save.
+        processes: that see a share of the views each, with equal copies of everything else, and learn
+            together.
 
     `prepare` or `load_state_dict` comes before the first `losses`.
     """
@@ -57,21 +83,38 @@ class Distiller:
         discriminator_learning_rate: float = 1e-3,
         discriminator_updates: int = 1,
         max_log_ratio: float = 5.0,
+        fake_base: LatentDiffusionTeacher | None = None,
+        fake_camera: CameraInput = "conditioning",
+        fake_law: FakeScoreLaw = SHARED_LAW,
+        fake_score_weight_decay: float = 0.0,
+        perp_neg: float = 0.0,
         generator: torch.Generator,
+        processes: Processes = Processes(),  # noqa: B008 - frozen
     ) -> None:
+        self.processes = processes
         self.teacher = teacher
         self.contexts = contexts
         self.recipe = recipe
+        self.student_recipe = recipe
         self.max_log_ratio = max_log_ratio
+        self.fake_law = fake_law
+        self.perp_neg = perp_neg
         self.generator = generator
         self.fake_score_updates = fake_score_updates
         self.discriminator_updates = discriminator_updates
         self.fake_score: LoRAFakeScore | None = None
         self.fake_optimiser: torch.optim.Optimizer | None = None
         if recipe.needs_fake_score:
-            self.fake_score = LoRAFakeScore(teacher, rank=lora_rank, generator=generator)
+            if fake_base is not None:
+                check_fake_base(teacher, fake_base)
+            self.fake_score = LoRAFakeScore(
+                fake_base or teacher, rank=lora_rank, camera_input=fake_camera, generator=generator
+            )
             self.fake_optimiser = torch.optim.AdamW(
-                self.fake_score.parameters(), lr=fake_score_learning_rate, weight_decay=0.0, fused=True
+                self.fake_score.parameters(),
+                lr=fake_score_learning_rate,
+                weight_decay=fake_score_weight_decay,
+                fused=True,
             )
         self._discriminator_learning_rate = discriminator_learning_rate
         self.discriminator: DiscriminatorHead | None = None
@@ -79,6 +122,25 @@ class Distiller:
         self.normaliser: RatioNormaliser | None = None
         self.real_latents: RealLatents | None = None
         self._guidance: ScoreDistillation | None = None
+
+    def follow(self, recipe: Recipe) -> None:
+        """Move the student by `recipe` from now on, for runs of several stages.
+
+        Fake score and discriminator are those of the recipe that the distiller was built with and go on
+        learning. Raises ValueError if `recipe` needs one that is not there.
+        """
+        for part, is_needed, is_there in (
+            ("fake score", recipe.needs_fake_score, self.recipe.needs_fake_score),
+            ("discriminator", recipe.needs_discriminator, self.recipe.needs_discriminator),
+        ):
+            if is_needed and not is_there:
+                raise ValueError(
+                    f"{recipe.name} with {recipe.divergence.name} needs a {part}, which this distiller was "
+                    f"built without; build it with that recipe"
+                )
+        self.student_recipe = recipe
+        if self._guidance is not None:
+            self._guidance.recipe = recipe
 
     def prepare(
         self,
@@ -88,6 +150,7 @@ class Distiller:
         guidance_scale: float,
         num_steps: int,
         before_step: Callable[[], object] | None = None,
+        real_latents: RealLatents | None = None,
     ) -> None:
         """Draw the teacher samples that a discriminator needs and connect the parts; once, before the first
         step.
@@ -96,17 +159,19 @@ class Distiller:
             conditioning, view_words: one sample is drawn for each of these cameras; see `RealLatents.draw`.
             guidance_scale, num_steps: of the sampling.
             before_step: called before every denoising step; may raise, to leave in between.
+            real_latents: samples for the same prompt that were drawn before; then none are drawn.
         """
         if self.recipe.needs_discriminator:
-            real_latents = RealLatents.draw(
-                self.contexts,
-                conditioning,
-                view_words,
-                guidance_scale=guidance_scale,
-                num_steps=num_steps,
-                generator=self.generator,
-                before_step=before_step,
-            )
+            if real_latents is None:
+                real_latents = RealLatents.draw(
+                    self.contexts,
+                    conditioning,
+                    view_words,
+                    guidance_scale=guidance_scale,
+                    num_steps=num_steps,
+                    generator=self.generator,
+                    before_step=before_step,
+                )
             self._build_discriminator(real_latents)
         self._connect()
 
@@ -115,7 +180,7 @@ class Distiller:
         self.real_latents = real_latents
         head = DiscriminatorHead(self.teacher.feature_channels, generator=self.generator)
         self.discriminator = head.to(device)
-        self.normaliser = RatioNormaliser().to(device)
+        self.normaliser = SharedRatioNormaliser(self.processes).to(device)
         self.discriminator_optimiser = torch.optim.AdamW(
             self.discriminator.parameters(),
             lr=self._discriminator_learning_rate,
@@ -133,7 +198,10 @@ class Distiller:
             normaliser=self.normaliser,
             real_latents=self.real_latents,
             max_log_ratio=self.max_log_ratio,
+            fake_law=self.fake_law,
+            perp_neg=self.perp_neg,
         )
+        self._guidance.recipe = self.student_recipe
 
     def losses(
         self,
@@ -153,42 +221,62 @@ class Distiller:
             view_words,
             noise_range=noise_range,
             guidance_scale=guidance_scale,
-            generator=self.generator,
+            generator=self.views_stream,
             train_student=train_student,
         )
 
-    def train(self, losses: GuidanceLosses, *, again: Callable[[], GuidanceLosses]) -> bool:
+    @property
+    def views_stream(self) -> torch.Generator | SharedStream:
+        """What random numbers for this process's views are drawn from."""
+        if self.processes.num == 1:
+            return self.generator
+        return SharedStream(self.generator, self.processes.rank, self.processes.num)
+
+    def set_fake_score_learning_rate(self, rate: float) -> None:
+        """Follow a schedule; before `train`."""
+        if self.fake_optimiser is not None:
+            for group in self.fake_optimiser.param_groups:
+                group["lr"] = rate
+
+    def train(self, losses: GuidanceLosses, *, again: Callable[[], GuidanceLosses]) -> Tensor:
         """Let the fake score and the discriminator take their steps on what the student made.
 
         Args:
             losses: of this step; they serve the first update of each.
             again: gives `losses` of the same images at fresh noise, for every update beyond the first.
 
-        Returns False if one of the updates was not finite; such an update moves nothing.
+        Returns a bool scalar on the device, false if one of the updates was not finite; such an update moves
+        nothing.
         """
         num_fake = self.fake_score_updates if self.fake_score is not None else 0
         num_discriminator = self.discriminator_updates if self.discriminator is not None else 0
-        is_finite = True
+        is_finite = torch.ones((), dtype=torch.bool, device=self.teacher.device)
         for index in range(max(num_fake, num_discriminator)):
             current = losses if index == 0 else again()
             if index < num_fake:
-                is_finite &= self._train_fake_score(current)
+                is_finite = is_finite & self._train_fake_score(current)
             if index < num_discriminator:
-                is_finite &= self._train_discriminator(current)
+                is_finite = is_finite & self._train_discriminator(current)
         return is_finite
 
-    def _train_fake_score(self, losses: GuidanceLosses) -> bool:
+    def _train_fake_score(self, losses: GuidanceLosses) -> Tensor:
         assert self.fake_score is not None and self.fake_optimiser is not None
         assert losses.fake_score is not None
         parameters = self.fake_score.parameters()
-        return descend(losses.fake_score, self.fake_optimiser, parameters, MAX_CRITIC_GRADIENT_NORM)
+        return descend(
+            losses.fake_score, self.fake_optimiser, parameters, MAX_CRITIC_GRADIENT_NORM, self.processes
+        )
 
-    def _train_discriminator(self, losses: GuidanceLosses) -> bool:
+    def _train_discriminator(self, losses: GuidanceLosses) -> Tensor:
         assert self.discriminator is not None and self.discriminator_optimiser is not None
         assert losses.discriminator is not None
         parameters = list(self.discriminator.parameters())
         return descend(
-            losses.discriminator, self.discriminator_optimiser, parameters, MAX_CRITIC_GRADIENT_NORM
+            losses.discriminator,
+            self.discriminator_optimiser,
+            parameters,
+            MAX_CRITIC_GRADIENT_NORM,
+            self.processes,
         )
 
     def close(self) -> None:

@@ -4,10 +4,12 @@
            -> uni3d.losses -> a loss for the student, one for the fake score, one for the discriminator
 
 Who makes the images is not known here; nothing is optimised here either. The fake score's pass is shared: its
-output serves the student's gradient (detached) and its own denoising score matching loss, which is
-unbiased because
-the fake score moves only after both.
-Legend: B views, C H W latent channels and pixels.
+output serves the student's gradient and its own denoising score matching loss, which is unbiased because the
+fake score moves only after both. The student's gradient is taken down to the latents at once and carried on
+from there, so that of a pass that both share each gets its own part.
+Several scenes can share a step (`num_scenes`): their views come scene by scene, each scene draws from its own
+generator, and every loss is a mean over one scene's views.
+Legend: B views, S scenes, C H W latent channels and pixels.
 """
 
 from __future__ import annotations
@@ -15,17 +17,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from uni3d.diffusion.discriminator import DiscriminatorHead
+from uni3d.diffusion.inversion import Inversion, ddim_inversion
+from uni3d.diffusion.latent_teacher import GuidedPrediction, LatentDiffusionTeacher
 from uni3d.diffusion.lora_score import LoRAFakeScore
 from uni3d.diffusion.prompt import VIEW_WORDS, PromptContexts
-from uni3d.diffusion.stable_diffusion import LatentDiffusionTeacher
 from uni3d.losses import recipes
 from uni3d.losses.discriminator import RatioNormaliser, discriminator_loss, log_ratio_from_logits
 from uni3d.losses.fake_score import denoising_loss
+from uni3d.random_streams import SharedStream, Streams, integers, normal, uniform
+from uni3d.training.fake_score_law import SHARED_LAW, FakeScoreLaw
 
 # Adam does not feel it; it sets the loss against the regularisers' weights.
 STUDENT_SCALE = 0.1
@@ -71,7 +77,7 @@ class RealLatents:
         *,
         guidance_scale: float,
         num_steps: int,
-        generator: torch.Generator,
+        generator: Streams,
         batch_size: int = 8,
         before_step: Callable[[], object] | None = None,
     ) -> RealLatents:
@@ -95,26 +101,51 @@ class RealLatents:
         view_index = torch.tensor([VIEW_WORDS.index(word) for word in view_words])
         return cls(torch.cat(drawn), view_index, conditioning)
 
-    def pick(self, view_words: Sequence[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def pick(
+        self, view_words: Sequence[str], generator: Streams, *, views_per_group: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """For each view a random real latent of the same view word: latents [B, C, H, W], conditioning [B,
         K].
 
-        A view word without samples takes any.
+        A view word without samples takes any. Of a group of views denoised together all come from one group
+        of samples, whatever their words.
         """
-        chosen = []
-        for word in view_words:
-            candidates = torch.nonzero(self.view_index == VIEW_WORDS.index(word))[:, 0]
-            if len(candidates) == 0:
-                candidates = torch.arange(len(self.view_index))
-            chosen.append(candidates[torch.randint(len(candidates), (1,), generator=generator)])
-        index = torch.cat(chosen)
+        assert isinstance(generator, torch.Generator | SharedStream)
+        index = self.choose(view_words, generator, views_per_group=views_per_group)
         return self.latents[index.to(self.latents.device)], self.conditioning[
             index.to(self.conditioning.device)
         ]
 
+    def choose(
+        self,
+        view_words: Sequence[str],
+        generator: torch.Generator | SharedStream,
+        *,
+        views_per_group: int = 1,
+    ) -> Tensor:
+        """The rows that `pick` takes, int64 [B] on the CPU."""
+        if views_per_group > 1:
+            num_groups = len(self.latents) // views_per_group
+            groups = integers([num_groups] * (len(view_words) // views_per_group), generator)
+            return (torch.tensor(groups)[:, None] * views_per_group + torch.arange(views_per_group)).flatten()
+        candidates = []
+        for word in view_words:
+            rows = torch.nonzero(self.view_index == VIEW_WORDS.index(word))[:, 0]
+            candidates.append(rows if len(rows) > 0 else torch.arange(len(self.view_index)))
+        places = integers([len(rows) for rows in candidates], generator)
+        return torch.stack([rows[place] for rows, place in zip(candidates, places, strict=True)])
+
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors to save."""
         return {"latents": self.latents, "view_index": self.view_index, "conditioning": self.conditioning}
+
+
+class UnaskedTeacher(NamedTuple):
+    """In place of a `GuidedPrediction` where only the middle of the network is read, [B, F, h, w]."""
+
+    middle: Tensor
+    x0: None = None
+    negative: None = None
 
 
 class ScoreDistillation:
@@ -126,6 +157,10 @@ class ScoreDistillation:
         discriminator, real_latents: needed when the recipe weighs by the density ratio or adds a GAN term.
         normaliser: keeps the mean ratio at 1 in each noise bin; None leaves the ratio as the logit says.
         max_log_ratio: bound on the absolute log ratio.
+        fake_law: how the fake score is trained.
+        perp_neg: how strongly guidance keeps away from the prompt's other views (Perp-Neg); 0 leaves it out.
+        num_scenes: how many scenes the views of a batch belong to, in equal runs; with more than one, the
+            other parts are those of several scenes as well (`uni3d.training.distiller_stack`).
     """
 
     def __init__(
@@ -139,6 +174,9 @@ class ScoreDistillation:
         normaliser: RatioNormaliser | None = None,
         real_latents: RealLatents | None = None,
         max_log_ratio: float = 5.0,
+        fake_law: FakeScoreLaw = SHARED_LAW,
+        perp_neg: float = 0.0,
+        num_scenes: int = 1,
     ) -> None:
         if recipe.needs_fake_score and fake_score is None:
             raise ValueError(f"recipe '{recipe.name}' trains a fake score; pass fake_score")
@@ -154,6 +192,9 @@ class ScoreDistillation:
         self.normaliser = normaliser if recipe.needs_discriminator else None
         self.real_latents = real_latents
         self.max_log_ratio = max_log_ratio
+        self.fake_law = fake_law
+        self.perp_neg = perp_neg
+        self.num_scenes = num_scenes
 
     def losses(
         self,
@@ -163,37 +204,45 @@ class ScoreDistillation:
         *,
         noise_range: tuple[float, float],
         guidance_scale: float,
-        generator: torch.Generator,
+        generator: Streams,
         train_student: bool = True,
     ) -> GuidanceLosses:
         """All losses of one step for `images` [B, 3, H, W] in [0, 1] seen by cameras `conditioning` [B, K].
 
         Args:
+            images: or latents of the teacher, [B, *teacher.latent_shape], which are taken as they are.
             noise_range: smallest and largest noise level, as fractions of the teacher's timesteps.
-            generator: CPU generator of timesteps and noise.
+            generator: CPU generator of timesteps and noise; for several scenes one for each.
             train_student: False computes the fake score's and the discriminator's losses only.
         """
-        x0 = self.teacher.encode_images(images) if train_student else self._encode_frozen(images)
+        with torch.set_grad_enabled(train_student):
+            is_latent = images.shape[1:] == self.teacher.latent_shape
+            encoded = images if is_latent else self.teacher.encode_images(images)
+        x0 = encoded.detach().requires_grad_(train_student)
         sigma = self._draw_sigma(noise_range, x0.shape[0], generator).to(x0.device)
-        eps = torch.randn(x0.shape, generator=generator).to(x0)
+        eps = normal(x0.shape, generator).to(x0)
         context = self.contexts.conditional(view_words, conditioning)
         negative = self.contexts.unconditional(x0.shape[0])
         through_networks = train_student and (
             self.recipe.needs_teacher_jacobian or self.recipe.needs_fake_jacobian
         )
         x = (x0 if through_networks else x0.detach()) + sigma[:, None, None, None] * eps
+        interval_x0 = None
+        if self.recipe.noise == "inverted":
+            x, interval_x0 = self._invert(x0.detach(), sigma, context, negative)
 
-        with (
-            torch.set_grad_enabled(through_networks and self.recipe.needs_teacher_jacobian),
-            self.teacher.recorded_middle() as recorded,
-        ):
-            guided_x0, _ = self.teacher.predict_guided_x0(x, sigma, context, negative, guidance_scale)
-        features = recorded[0][: x.shape[0]]
-        fake_x0, fake_loss = self._fake_score(x, x0, sigma, context, conditioning, through_networks)
+        with torch.set_grad_enabled(through_networks and self.recipe.needs_teacher_jacobian):
+            guided = self._ask_teacher(x, sigma, context, negative, guidance_scale, view_words)
+        fake_x0, fake_loss = self._fake_score(
+            x, x0, sigma, context, conditioning, through_networks, generator
+        )
+        # What takes the fake score's place where none is trained.
+        stand_in = {"classifier": guided.negative, "interval": interval_x0}
+        features = guided.middle
         log_ratio, adversarial_logits = self._ratio(features, x0, sigma, eps, context, train_student)
-        statistics = {"sigma": sigma.mean().detach()}
+        statistics = {"sigma": self._mean(sigma).detach()}
         if log_ratio is not None:
-            statistics["log_ratio"] = log_ratio.mean().detach()
+            statistics["log_ratio"] = self._mean(log_ratio).detach()
         if fake_loss is not None:
             statistics["fake_score_loss"] = fake_loss.detach()
 
@@ -202,15 +251,16 @@ class ScoreDistillation:
                 self.recipe,
                 x0=x0,
                 sigma=sigma,
-                teacher_x0=guided_x0,
-                fake_x0=fake_x0,
+                teacher_x0=guided.x0,
+                fake_x0=stand_in.get(self.recipe.student, fake_x0),
                 log_ratio=log_ratio,
                 adversarial_logits=adversarial_logits,
             )
-            student = STUDENT_SCALE * per_sample.mean()
+            per_sample = _carried_on(per_sample, x0, encoded)
+            student = STUDENT_SCALE * self._mean(per_sample)
             statistics["student_loss"] = student.detach()
         else:
-            student = torch.zeros((), device=x0.device)
+            student = torch.zeros_like(statistics["sigma"])
         critic_loss = self._discriminator_loss(features.detach(), sigma, view_words, generator)
         if critic_loss is not None:
             statistics["discriminator_loss"] = critic_loss.detach()
@@ -218,15 +268,56 @@ class ScoreDistillation:
 
     # ------------------------------------------------------------------ parts
 
-    @torch.no_grad()
-    def _encode_frozen(self, images: Tensor) -> Tensor:
-        return self.teacher.encode_images(images)
+    def _mean(self, per_sample: Tensor) -> Tensor:
+        """Mean of [B] over the views of each scene, [S]; a scalar for a single one."""
+        if self.num_scenes == 1:
+            return per_sample.mean()
+        return per_sample.view(self.num_scenes, -1).mean(dim=1)
 
-    def _draw_sigma(self, noise_range: tuple[float, float], num: int, generator: torch.Generator) -> Tensor:
+    def _draw_sigma(self, noise_range: tuple[float, float], num: int, generator: Streams) -> Tensor:
         last = self.teacher.schedule.num_timesteps - 1
         low, high = noise_range
-        fraction = low + (high - low) * torch.rand(num, generator=generator)
-        return self.teacher.schedule.sigma((fraction * last).to(self.teacher.device))
+        group = self.teacher.views_per_group
+        fraction = low + (high - low) * uniform((num // group,), generator)
+        timestep = (fraction * last).to(self.teacher.device)
+        return self.teacher.schedule.sigma(timestep).repeat_interleave(group)
+
+    def _ask_teacher(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        context: Tensor,
+        negative: Tensor,
+        guidance_scale: float,
+        view_words: Sequence[str],
+    ) -> GuidedPrediction | UnaskedTeacher:
+        """The guided prediction, or the middle of the network alone where no score enters the loss."""
+        if self.recipe.score_weight == 0:
+            with torch.no_grad():
+                return UnaskedTeacher(self.teacher.middle_features(x, sigma, context))
+        return self.teacher.predict_guided_x0(
+            x,
+            sigma,
+            context,
+            negative,
+            guidance_scale,
+            repelled=self.contexts.repelled(view_words, self.perp_neg) if self.perp_neg > 0 else (),
+            needs_negative=self.recipe.needs_negative,
+        )
+
+    def _invert(self, x0: Tensor, sigma: Tensor, context: Tensor, negative: Tensor) -> Inversion:
+        """Carry x0 up to sigma [B] by the recipe's inversion, in equal steps of the teacher's timesteps."""
+        scale = self.recipe.inversion_guidance_scale
+        schedule = self.teacher.schedule
+        share = torch.linspace(0, 1, self.recipe.inversion_steps + 1, device=x0.device)
+        sigmas = schedule.sigma(share[:, None] * schedule.timestep(sigma))
+
+        def predict(x: Tensor, level: Tensor) -> Tensor:
+            if scale == 0.0:
+                return self.teacher.predict_x0(x, level, negative)
+            return self.teacher.predict_guided_x0(x, level, context, negative, scale).x0
+
+        return ddim_inversion(predict, x0, sigmas)
 
     def _fake_score(
         self,
@@ -236,16 +327,38 @@ class ScoreDistillation:
         context: Tensor,
         conditioning: Tensor,
         through_networks: bool,
+        generator: Streams,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The fake x0-prediction for the student (None for a Dirac student) and the fake score's own loss."""
+        """The fake x0-prediction for the student (None where none is trained) and the fake score's own loss,
+        of the same pass unless the law of its training is another."""
         if self.fake_score is None:
             return None, None
-        trained = self.fake_score.predict_x0(x.detach(), sigma, context, conditioning)
-        loss = denoising_loss(trained, x0.detach(), sigma, weighting="v").mean()
-        if not (through_networks and self.recipe.needs_fake_jacobian):
-            return trained.detach(), loss
-        attached = self.fake_score.predict_x0(x, sigma, context, conditioning)
-        return attached, loss
+        if not self.fake_law.reads_view:
+            context = self.contexts.without_view(conditioning)
+        is_attached = through_networks and self.recipe.needs_fake_jacobian
+        if not self.fake_law.is_shared:
+            with torch.set_grad_enabled(is_attached):
+                prediction = self.fake_score.predict_x0(x, sigma, context, conditioning)
+            return prediction, self._separate_fake_loss(x0.detach(), context, conditioning, generator)
+        prediction = self.fake_score.predict_x0(
+            x if is_attached else x.detach(), sigma, context, conditioning
+        )
+        loss = self._mean(denoising_loss(prediction, x0, sigma, weighting=self.fake_law.weighting))
+        return (prediction if is_attached else prediction.detach()), loss
+
+    def _separate_fake_loss(
+        self, x0: Tensor, context: Tensor, conditioning: Tensor, generator: Streams
+    ) -> Tensor:
+        """The fake score's loss at its own noise level, fresh noise, and now and then without the camera."""
+        assert self.fake_score is not None
+        law = self.fake_law
+        sigma = self._draw_sigma(law.noise_range or (0.0, 1.0), x0.shape[0], generator).to(x0.device)
+        eps = normal(x0.shape, generator).to(x0)
+        is_known = (uniform(x0.shape[:1], generator) >= law.camera_dropout).to(x0.device)
+        prediction = self.fake_score.predict_x0(
+            x0 + sigma[:, None, None, None] * eps, sigma, context, conditioning, knows_camera=is_known
+        )
+        return self._mean(denoising_loss(prediction, x0, sigma, weighting=law.weighting))
 
     def _ratio(
         self, features: Tensor, x0: Tensor, sigma: Tensor, eps: Tensor, context: Tensor, train_student: bool
@@ -255,7 +368,8 @@ class ScoreDistillation:
         if self.discriminator is None:
             return None, None
         adversarial = train_student and self.recipe.adversarial_weight > 0
-        if adversarial and not features.requires_grad:
+        is_attached = adversarial or (train_student and self.recipe.needs_ratio_gradient)
+        if is_attached and not features.requires_grad:
             features = self.teacher.middle_features(x0 + sigma[:, None, None, None] * eps, sigma, context)
         with _frozen(self.discriminator):
             logits = self.discriminator(features, sigma)
@@ -265,20 +379,33 @@ class ScoreDistillation:
         return log_ratio, (logits if adversarial else None)
 
     def _discriminator_loss(
-        self, rendered_features: Tensor, sigma: Tensor, view_words: Sequence[str], generator: torch.Generator
+        self, rendered_features: Tensor, sigma: Tensor, view_words: Sequence[str], generator: Streams
     ) -> Tensor | None:
         if self.discriminator is None or self.real_latents is None:
             return None
-        real, conditioning = self.real_latents.pick(view_words, generator)
-        noise = torch.randn(real.shape, generator=generator).to(real)
+        real, conditioning = self.real_latents.pick(
+            view_words, generator, views_per_group=self.teacher.views_per_group
+        )
+        noise = normal(real.shape, generator).to(real)
         context = self.contexts.conditional(view_words, conditioning)
         with torch.no_grad():
             real_features = self.teacher.middle_features(
                 real + sigma[:, None, None, None] * noise, sigma, context
             )
-        logits = self.discriminator(torch.cat([real_features, rendered_features]), torch.cat([sigma, sigma]))
-        real_logits, rendered_logits = logits.chunk(2)
-        return discriminator_loss(real_logits, rendered_logits).mean()
+        # In pairs, so that the rows stay scene by scene.
+        pairs = torch.stack([real_features, rendered_features], dim=1).flatten(0, 1)
+        logits = self.discriminator(pairs, sigma.repeat_interleave(2)).unflatten(0, (-1, 2))
+        return self._mean(discriminator_loss(logits[:, 0], logits[:, 1]))
+
+
+def _carried_on(per_sample: Tensor, latents: Tensor, encoded: Tensor) -> Tensor:
+    """Losses [B] whose gradient goes on from the cut `latents` to the images that were `encoded` to them.
+
+    The graph behind `latents` stays for who shares a part of it.
+    """
+    (gradient,) = torch.autograd.grad(per_sample.sum(), latents, retain_graph=True)
+    # x - sg(x) is zero with derivative one.
+    return per_sample.detach() + (gradient * (encoded - encoded.detach())).flatten(1).sum(dim=1)
 
 
 @contextmanager

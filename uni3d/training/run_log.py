@@ -26,11 +26,13 @@ _MAX_DIRECTORIES = 10_000
 class RunDirectory:
     """The directory of one run: `config.yaml`, `metrics.jsonl`, `log.txt`, `checkpoints/` and its results.
 
-    Use as a context manager: inside, everything that the package logs also goes to `log.txt`.
+    `command` is the one that goes on with it. Use as a context manager: inside, everything that the package
+    logs also goes to `log.txt`.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, command: str = "generate") -> None:
         self.path = Path(path)
+        self.command = command
         self.config_path = self.path / "config.yaml"
         self.metrics_path = self.path / "metrics.jsonl"
         self.log_path = self.path / "log.txt"
@@ -38,7 +40,7 @@ class RunDirectory:
         self._handler: logging.Handler | None = None
 
     @classmethod
-    def create(cls, root: str | os.PathLike[str], name: str) -> RunDirectory:
+    def create(cls, root: str | os.PathLike[str], name: str, *, command: str = "generate") -> RunDirectory:
         """Make a new directory `root/name`, or `root/name-2`, `-3`... if that exists, and its parents."""
         for number in range(1, _MAX_DIRECTORIES):
             path = Path(root) / (name if number == 1 else f"{name}-{number}")
@@ -52,13 +54,13 @@ class RunDirectory:
                 raise UsageError(
                     f"the run directory '{path}' cannot be made ({error.strerror}); choose another folder"
                 ) from error
-            return cls(path)
+            return cls(path, command=command)
         raise UsageError(f"no run directory '{name}' can be made in '{root}'; choose another folder")
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
+    def open(cls, path: str | os.PathLike[str], *, command: str = "generate") -> RunDirectory:
         """An existing run directory, to go on with; UsageError if it holds no run."""
-        run = cls(path)
+        run = cls(path, command=command)
         if not run.config_path.is_file():
             raise UsageError(
                 f"'{run.path}' is not the directory of a run (it has no config.yaml); "

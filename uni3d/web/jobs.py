@@ -39,6 +39,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
     visitor TEXT NOT NULL,
+    address TEXT NOT NULL DEFAULT '',
     pair TEXT,
     prompt TEXT NOT NULL,
     negative_prompt TEXT NOT NULL,
@@ -69,6 +70,9 @@ CREATE TABLE IF NOT EXISTS jobs (
 CREATE INDEX IF NOT EXISTS jobs_by_visitor ON jobs (visitor, number);
 CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, number);
 """
+_ORDER = "num_fruitless_starts, number"
+# Visitors without cookies are new ones every time: an address may have this many times the share of one.
+_VISITORS_PER_ADDRESS = 3
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Job:
     number: int
     id: str
     visitor: str
+    address: str
     pair: str | None
     prompt: str
     negative_prompt: str
@@ -137,6 +142,9 @@ class JobStore:
         with self._connection() as database:
             database.execute("PRAGMA journal_mode=WAL")
             database.executescript(_SCHEMA)
+        with self._transaction() as database:  # a folder of an earlier version
+            if "address" not in {row[1] for row in database.execute("PRAGMA table_info(jobs)")}:
+                database.execute("ALTER TABLE jobs ADD COLUMN address TEXT NOT NULL DEFAULT ''")
         self._path.chmod(0o600)
 
     def folder(self, job_id: str) -> Path:
@@ -145,8 +153,11 @@ class JobStore:
 
     # ------------------------------------------------------------------ what visitors do
 
-    def submit(self, order: Order, visitor: str, *, pair: str | None = None) -> Job:
-        """Put a checked order into the store; UsageError when the queue or the visitor's share is full."""
+    def submit(self, order: Order, visitor: str, *, pair: str | None = None, address: str = "") -> Job:
+        """Put a checked order into the store; UsageError when the queue or the visitor's share is full.
+
+        `address` is where the visitor calls from, empty where that tells nothing.
+        """
         limits = self.settings
         now = time.time()
         with self._transaction() as database:
@@ -159,10 +170,12 @@ class JobStore:
             recent = _count(database, "visitor = ? AND created_at > ?", visitor, now - 3600)
             if recent >= limits.max_per_hour:
                 raise UsageError(f"you have ordered {recent} jobs within an hour; try again later")
+            _check_address(database, address, limits, now)
             values: dict[str, Any] = {
                 **dataclasses.asdict(order),
                 "id": secrets.token_urlsafe(24),
                 "visitor": visitor,
+                "address": address,
                 "pair": pair,
                 "created_at": now,
                 "num_steps": num_steps(order, limits),
@@ -197,25 +210,29 @@ class JobStore:
             )
             return changed.rowcount == 1
 
-    def position(self, job: Job) -> int:
-        """How many jobs come before this one."""
-        with self._connection() as database:
-            return _count(database, "state IN ('queued', 'running') AND number < ?", job.number)
+    def before(self, job: Job) -> list[Job]:
+        """The jobs of whomever that come before this one, first to last."""
+        return self._many(
+            "state = 'running' OR (state = 'queued' AND (num_fruitless_starts, number) < (?, ?)) "
+            f"ORDER BY state = 'queued', {_ORDER}",
+            job.num_fruitless_starts,
+            job.number,
+        )
 
-    def usual_seconds(self, quality: str, method: str | None = None) -> float | None:
-        """Median time of the last jobs of this quality (and method) here; None before the first."""
+    def usual_seconds(self, quality: str, num_steps: int, method: str | None = None) -> float | None:
+        """Median time of the last jobs of this quality, length (and method) here; None before the first."""
         with self._connection() as database:
             rows = database.execute(
-                "SELECT seconds_worked FROM jobs WHERE state = 'done' AND quality = ? "
+                "SELECT seconds_worked FROM jobs WHERE state = 'done' AND quality = ? AND num_steps = ? "
                 "AND (? IS NULL OR method = ?) ORDER BY finished_at DESC LIMIT 9",
-                (quality, method, method),
+                (quality, num_steps, method, method),
             ).fetchall()
         return median(row[0] for row in rows) if rows else None
 
     # ------------------------------------------------------------------ what the worker does
 
     def recover(self) -> list[Job]:
-        """Put what a dead worker left back into the queue; returns all that waits, oldest first.
+        """Put what a dead worker left back into the queue; returns all that waits, as `waiting` does.
 
         A job that its visitor had cancelled is cancelled, and one that took down worker after worker fails.
         Only a worker that is alone may call this.
@@ -246,8 +263,8 @@ class JobStore:
         return self.waiting()
 
     def waiting(self) -> list[Job]:
-        """The jobs that wait, oldest first."""
-        return self._many("state = 'queued' ORDER BY number")
+        """The jobs that wait, oldest first; one that took down a worker lets the others go before it."""
+        return self._many(f"state = 'queued' ORDER BY {_ORDER}")
 
     def claim(self, job_id: str) -> Job | None:
         """Make a waiting job the running one; None if it no longer waits, so no job is run twice."""
@@ -277,8 +294,8 @@ class JobStore:
         return row is None or bool(row[0])
 
     def report(self, job_id: str, *, add_seconds: float = 0.0, **values: Any) -> None:
-        """Write how far a running job is: phase, step, loss, seconds_left, num_previews."""
-        unknown = set(values) - {"phase", "step", "loss", "seconds_left", "num_previews"}
+        """Write how far a running job is: phase, step, loss, seconds_left, num_previews, message."""
+        unknown = set(values) - {"phase", "step", "loss", "seconds_left", "num_previews", "message"}
         assert not unknown, unknown
         settings = "".join(f"{name} = ?, " for name in values)
         with self._transaction() as database:
@@ -289,12 +306,12 @@ class JobStore:
             )
 
     def finish(self, job_id: str, state: State, message: str = "") -> None:
-        """End a running job; what is ended stays as it ended."""
+        """End a running job; what is ended stays as it ended. Without a message the last one stays."""
         size = folder_size(self.folder(job_id))
         with self._transaction() as database:
             database.execute(
-                "UPDATE jobs SET state = ?, message = ?, finished_at = ?, seconds_left = NULL, phase = '', "
-                "num_bytes = ? WHERE id = ? AND state = 'running'",
+                "UPDATE jobs SET state = ?, message = coalesce(nullif(?, ''), message), finished_at = ?, "
+                "seconds_left = NULL, phase = '', num_bytes = ? WHERE id = ? AND state = 'running'",
                 (state, message, time.time(), size, job_id),
             )
 
@@ -358,6 +375,21 @@ class JobStore:
 
 def _count(database: sqlite3.Connection, condition: str, *values: Any) -> int:
     return int(database.execute(f"SELECT count(*) FROM jobs WHERE {condition}", values).fetchone()[0])
+
+
+def _check_address(database: sqlite3.Connection, address: str, limits: WebSettings, now: float) -> None:
+    if not address:
+        return
+    waiting = _count(database, "address = ? AND state IN ('queued', 'running')", address)
+    recent = _count(database, "address = ? AND created_at > ?", address, now - 3600)
+    if (
+        waiting >= _VISITORS_PER_ADDRESS * limits.max_unfinished_per_visitor
+        or recent >= _VISITORS_PER_ADDRESS * limits.max_per_hour
+    ):
+        raise UsageError(
+            f"{waiting} jobs from your address are waiting and {recent} were ordered within an hour; "
+            "try again later"
+        )
 
 
 def folder_size(folder: Path) -> int:

@@ -6,21 +6,22 @@ a timer asks the store how that job is; so a reload, a lost connection or a rest
 
 from __future__ import annotations
 
-import random
-import secrets
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from uni3d.config import TextTo3DConfig
 from uni3d.config_values import DIVERGENCE_NAMES
 from uni3d.errors import MissingPackageError, Uni3DError, UsageError
 from uni3d.presets import PRESET_FILES
+from uni3d.prompts import MAX_PROMPT_LENGTH
 from uni3d.web import views
-from uni3d.web.access import visitor_from
-from uni3d.web.examples import Example, example_prompts
+from uni3d.web.desk import EXAMPLE, OWN_DIVERGENCE, Desk, read_order, seed_of, text_of
+from uni3d.web.examples import EXAMPLE_PROMPTS, Example
 from uni3d.web.job_queue import JobQueue
-from uni3d.web.jobs import Job, JobStore
-from uni3d.web.orders import MAX_SEED_ON_PAGE, METHODS, METHODS_WITH_DIVERGENCE, Order, check_order
+from uni3d.web.jobs import JobStore
+from uni3d.web.orders import MAX_SEED_ON_PAGE, METHODS, METHODS_WITH_DIVERGENCE, Order
+from uni3d.web.settings import WebSettings
 
 try:
     import gradio as gr
@@ -28,12 +29,23 @@ except ImportError as error:
     raise MissingPackageError('the web page needs gradio: pip install "uni3d[demo]"') from error
 
 POLL_INTERVAL_S = 1.0
-OWN_DIVERGENCE = "the method's own"
+ESTIMATE_INTERVAL_S = 10.0
 QUALITY_NAMES = {"draft": "Draft (coarse, fast)", "default": "Default (finer, slower)"}
+QUALITY_CHOICES = [(QUALITY_NAMES.get(name, name), name) for name in reversed(PRESET_FILES)]
 SHOW_IN_ADDRESS = "(id) => { history.replaceState(null, '', id ? '?job=' + encodeURIComponent(id) : '.') }"
 GREETING = """# uni3d
 Say what to make, and a textured 3D mesh grows from noise while you watch. Jobs run one after the other on
 this machine; you may close the page and come back."""
+KNOWN = "One object. The teacher that comes with uni3d knows 270 kinds: furniture, plants, cars, vases ..."
+# The second click of a double click, and a key that is held down, order nothing.
+ONE_CLICK = """<script>
+document.addEventListener("click", (event) => {
+  if (event.detail > 1 && event.target.closest("#generate, #compare")) event.stopImmediatePropagation();
+}, true);
+document.addEventListener("keydown", (event) => {
+  if (event.repeat && event.key === "Enter") { event.preventDefault(); event.stopImmediatePropagation(); }
+}, true);
+</script>"""
 
 
 @dataclass(frozen=True)
@@ -58,95 +70,6 @@ class Panel:
         return [self.job_id, self.seen, self.status, self.preview, self.model, self.result]
 
 
-class Desk:
-    """Answers the events of the page. Each takes the visitor from the request, never from the page."""
-
-    def __init__(self, store: JobStore, queue: JobQueue) -> None:
-        self.store = store
-        self.queue = queue
-
-    def visitor(self, request: gr.Request) -> str:
-        """Who asks; an error on the page for a browser without cookies."""
-        visitor = visitor_from(request.headers)
-        if visitor is None:
-            raise gr.Error("this page needs a cookie to know which jobs are yours; allow it and reload")
-        return visitor
-
-    def order(self, visitor: str, order: Order, pair: str | None = None) -> Job:
-        """Check an order and put it in line; UsageError for what is wrong with it."""
-        job = self.store.submit(check_order(order, self.store.settings), visitor, pair=pair)
-        self.queue.add(job.id)
-        return job
-
-    def order_two(
-        self, visitor: str, prompt: Any, seed: Any, methods: tuple[Any, Any], quality: Any
-    ) -> list[Job]:
-        """Order the same by two methods: both or, with UsageError, neither."""
-        if methods[0] == methods[1]:
-            raise UsageError("both methods are the same; choose two")
-        pair = secrets.token_urlsafe(24)
-        jobs: list[Job] = []
-        try:
-            for method in methods:
-                order = Order(
-                    prompt=_text(prompt),
-                    method=_text(method),
-                    seed=_seed(seed),
-                    quality=_text(quality),
-                    teacher=next(iter(self.store.settings.teachers)),
-                )
-                jobs.append(self.order(visitor, order, pair))
-        except Uni3DError:
-            for job in jobs:
-                self.store.cancel(job.id, visitor)
-            raise
-        return jobs
-
-    def panel(self, job_id: str, seen: str, visitor: str) -> list[Any]:
-        """Values for the outputs of a panel: what has changed since `seen`."""
-        job = self.find(job_id, visitor)
-        position = self.store.position(job) if job is not None and job.state == "queued" else 0
-        now, seen = _mark(job, position), str(seen or "")
-        if now == seen:
-            return [gr.skip()] * 6
-        had_model, has_model = seen.endswith("/done"), now.endswith("/done")
-        model: Any = gr.skip()
-        if job is not None and has_model:
-            file = self.store.folder(job.id) / "mesh.glb"
-            model = str(file) if file.is_file() else None
-        elif had_model or not seen:
-            model = None
-        return [
-            "" if job is None else job.id,
-            now,
-            views.status_html(job, position),
-            views.preview_html(job),
-            model,
-            views.result_html(self.store, job) if has_model or had_model or not seen else gr.skip(),
-        ]
-
-    def is_waiting(self, job_id: str, visitor: str) -> bool:
-        """Whether there will be news of the job."""
-        job = self.find(job_id, visitor)
-        return job is not None and not job.is_finished
-
-    def find(self, job_id: Any, visitor: str) -> Job | None:
-        """The job of this visitor that a page names, whatever a request has put in that place."""
-        return self.store.find(job_id, visitor) if isinstance(job_id, str) and job_id else None
-
-    def cancel(self, job_id: Any, visitor: str) -> None:
-        """Cancel the job of this visitor that a page names."""
-        if (job := self.find(job_id, visitor)) is not None:
-            self.store.cancel(job.id, visitor)
-
-
-def _mark(job: Job | None, position: int) -> str:
-    if job is None:
-        return "none"
-    numbers = (job.id, job.phase, job.step, job.num_previews, job.is_cancel_requested, position, job.state)
-    return "/".join(str(number) for number in numbers)
-
-
 def build_page(store: JobStore, queue: JobQueue, examples: list[Example]) -> Any:
     """The Gradio page over a store and its queue."""
     desk = Desk(store, queue)
@@ -155,10 +78,10 @@ def build_page(store: JobStore, queue: JobQueue, examples: list[Example]) -> Any
         with gr.Tabs():
             with gr.Tab("Create"):
                 _build_create(page, desk, examples)
-            with gr.Tab("Compare two methods"):
+            with gr.Tab("Compare"):
                 _build_compare(page, desk)
             with gr.Tab("Your jobs") as tab:
-                gallery = gr.HTML(views.gallery_html([]))
+                gallery = gr.HTML(views.gallery_html([]), padding=False)
 
                 def show_gallery(request: gr.Request) -> str:
                     return views.gallery_html(desk.store.jobs_of(desk.visitor(request)))
@@ -168,17 +91,35 @@ def build_page(store: JobStore, queue: JobQueue, examples: list[Example]) -> Any
 
 
 def theme() -> Any:
-    """Gradio's look with the fonts of the reader's own system, so that nothing is fetched elsewhere."""
-    return gr.themes.Soft(  # pyright: ignore[reportPrivateImportUsage]
+    """Gradio's look with the fonts of the reader's own system, so that nothing is fetched elsewhere, and
+    with more contrast."""
+    look = gr.themes.Soft(  # pyright: ignore[reportPrivateImportUsage]
         primary_hue="indigo",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
+    return look.set(
+        background_fill_primary="*neutral_50",
+        block_title_text_color="*primary_800",
+        block_label_text_color="*primary_800",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        input_border_width="1px",
+        input_border_color="*neutral_400",
+        input_border_color_dark="*neutral_500",
+        checkbox_border_color="*neutral_500",
+        checkbox_border_color_dark="*neutral_400",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+    )
 
 
 def _build_panel(name: str) -> Panel:
-    status = gr.HTML(views.status_html(None), elem_id=f"{name}-status")
-    preview = gr.HTML("", elem_id=f"{name}-preview")
+    status = gr.HTML(views.status_html(None), elem_id=f"{name}-status", padding=False)
+    preview = gr.HTML("", elem_id=f"{name}-preview", padding=False)
     model = gr.Model3D(
         label="Mesh (drag to turn)",
         display_mode="solid",
@@ -188,7 +129,7 @@ def _build_panel(name: str) -> Panel:
         elem_classes="u3-model",
         elem_id=f"{name}-model",
     )
-    result = gr.HTML("", elem_id=f"{name}-result")
+    result = gr.HTML("", elem_id=f"{name}-result", padding=False)
     job_id = gr.Textbox("", visible="hidden", elem_id=f"{name}-job", label="job")
     seen = gr.Textbox("", visible="hidden", label="seen")
     return Panel(job_id, seen, status, preview, model, result)
@@ -225,13 +166,15 @@ class OrderForm:
 def _build_form(desk: Desk) -> OrderForm:
     teachers = list(desk.store.settings.teachers)
     prompt = gr.Textbox(
-        label="What to make", placeholder="a red wooden chair", max_length=1024, lines=2, autofocus=True
+        label="What to make",
+        info=KNOWN if "embedded" in teachers else None,
+        placeholder="a red wooden chair",
+        max_length=MAX_PROMPT_LENGTH,
+        lines=1,  # so that Enter starts
+        max_lines=4,
+        autofocus=True,
     )
-    quality = gr.Radio(
-        [(QUALITY_NAMES.get(name, name), name) for name in reversed(PRESET_FILES)],
-        value="draft",
-        label="Quality",
-    )
+    quality = gr.Radio(QUALITY_CHOICES, value="draft", label="Quality")
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED_ON_PAGE, min_width=120)
         is_random = gr.Checkbox(True, label="New seed each time", min_width=120)
@@ -245,7 +188,7 @@ def _build_form(desk: Desk) -> OrderForm:
             [OWN_DIVERGENCE, *DIVERGENCE_NAMES], value=OWN_DIVERGENCE, label="Divergence"
         )
         teacher = gr.Dropdown(teachers, value=teachers[0], label="Teacher")
-        negative = gr.Textbox(label="What it should not look like", max_length=1024)
+        negative = gr.Textbox(label="What it should not look like", max_length=MAX_PROMPT_LENGTH)
     method.change(
         lambda name: gr.Dropdown(interactive=name in METHODS_WITH_DIVERGENCE),
         method,
@@ -257,42 +200,6 @@ def _build_form(desk: Desk) -> OrderForm:
     return OrderForm(prompt, negative, method, divergence, teacher, seed, is_random, quality)
 
 
-def _read_form(
-    prompt: str,
-    negative: str,
-    method: str,
-    divergence: str,
-    teacher: str,
-    seed: float | None,
-    is_random: bool,
-    quality: str,
-) -> Order:
-    chosen = random.SystemRandom().randint(0, MAX_SEED_ON_PAGE) if is_random else _seed(seed)
-    return Order(
-        prompt=_text(prompt),
-        negative_prompt=_text(negative),
-        method=_text(method),
-        divergence=None if divergence in (OWN_DIVERGENCE, None) else _text(divergence),
-        teacher=_text(teacher),
-        seed=chosen,
-        quality=_text(quality),
-    )
-
-
-def _text(value: Any) -> str:
-    """A text field of a request, which may hold anything that JSON can say; an empty one is null."""
-    if value is not None and not isinstance(value, str):
-        raise UsageError("a field of the page held something that is no text; reload the page")
-    return value or ""
-
-
-def _seed(value: Any) -> int:
-    """A whole number of a request; -1, which is refused later, for what is none."""
-    if value is None:
-        return 0
-    return int(value) if isinstance(value, int | float) and abs(value) < 2**62 else -1
-
-
 def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300, elem_classes="u3-left"):
@@ -301,13 +208,14 @@ def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
             with gr.Row():
                 start = gr.Button("Generate", variant="primary", elem_id="generate")
                 cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel")
-            notice = gr.HTML("", elem_id="notice")
+            notice = gr.HTML("", elem_id="notice", padding=False)
             place = gr.Column(elem_classes="u3-examples")
         with gr.Column(scale=6, min_width=300, elem_classes="u3-shown"):
             panel = _build_panel("create")
-    with place:
-        _build_examples(form, panel, examples)
     timer = gr.Timer(POLL_INTERVAL_S, active=False)
+    with place:
+        _build_examples(desk, form, panel, examples, [cancel, timer])
+    patience = gr.Timer(ESTIMATE_INTERVAL_S)
 
     def followed(visitor: str, job_id: str, seen: str) -> list[Any]:
         """The panel, the cancel button and the timer."""
@@ -330,8 +238,8 @@ def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
     ) -> list[Any]:
         visitor = desk.visitor(request)
         try:
-            order = _read_form(prompt, negative, method, divergence, teacher, seed, is_random, quality)
-            job = desk.order(visitor, order)
+            order = read_order(prompt, negative, method, divergence, teacher, seed, is_random, quality)
+            job = desk.order(request, order)
         except Uni3DError as error:
             return [views.notice_html(str(error)), *[gr.skip()] * (1 + len(followers))]
         return ["", job.seed, *followed(visitor, job.id, "")]
@@ -361,13 +269,18 @@ def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
             filled += [job.seed, gr.skip(), job.quality]
         return [
             views.notice_html(missing),
-            views.estimate_text(desk.store, quality, method),
+            *estimated(quality, method),
             *filled,
             *followed(visitor, wanted, ""),
         ]
 
-    def estimated(quality: str, method: str) -> str:
-        return views.estimate_text(desk.store, quality, method)
+    def estimated(quality: str, method: str) -> list[Any]:
+        """The words, and whether to ask again."""
+        try:
+            seconds = desk.estimates.seconds(text_of(quality), text_of(method))
+        except Uni3DError:
+            seconds = None
+        return [views.estimate_text(seconds), gr.Timer(active=seconds is None)]
 
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
     gr.on(
@@ -383,73 +296,85 @@ def _build_create(page: Any, desk: Desk, examples: list[Example]) -> None:
     page.load(
         opened,
         [form.quality, form.method],
-        [notice, estimate, *form.fields, *followers],
+        [notice, estimate, patience, *form.fields, *followers],
         api_name="opened",
         **quiet,
     )
     gr.on(
-        [form.quality.change, form.method.change, panel.result.change],
+        [form.quality.change, form.method.change, panel.result.change, patience.tick],
         estimated,
         [form.quality, form.method],
-        estimate,
+        [estimate, patience],
         api_visibility="private",
         **quiet,
     )
 
 
-def _build_examples(form: OrderForm, panel: Panel, examples: list[Example]) -> None:
-    """Finished results at a click, or prompts where this installation has no results."""
+def _build_examples(
+    desk: Desk, form: OrderForm, panel: Panel, examples: list[Example], following: list[Any]
+) -> None:
+    """Finished results at a click, or prompts where this installation has no results.
+
+    `following` are the cancel button and the timer: an example leaves the job that was shown to itself.
+    """
     if not examples:
-        gr.Examples(
-            [[prompt] for prompt in example_prompts()], form.prompt, label="For example", examples_per_page=12
-        )
+        prompts = [[prompt] for prompt in EXAMPLE_PROMPTS]
+        gr.Examples(prompts, form.prompt, label="For example", examples_per_page=len(prompts))
         return
-    gallery = gr.Gallery(
-        [(str(example.folder / "preview.png"), example.order.prompt) for example in examples],
-        label="Finished examples",
-        columns=3,
-        height="auto",
-        allow_preview=False,
-        object_fit="contain",
-        elem_id="examples",
-    )
+    gr.Markdown("**Finished examples**")
+    outputs = [*form.fields, *panel.outputs, *following]
+    with gr.Row(elem_classes="u3-examples-grid"):
+        for example in examples:
+            button = gr.Button(
+                example.order.prompt,
+                icon=str(example.folder / "front.jpg"),
+                min_width=0,
+                elem_classes="u3-example",
+            )
+            button.click(
+                partial(_example_values, example, desk.store.settings),
+                None,
+                outputs,
+                queue=False,
+                show_progress="hidden",
+                api_visibility="private",
+            ).success(None, panel.job_id, None, js=SHOW_IN_ADDRESS)
 
-    def show(event: gr.SelectData) -> list[Any]:
-        example = examples[int(event.index)]
-        order = example.order
-        text = f"A finished example: {order.prompt}, {order.method}, {order.quality}, seed {order.seed}."
-        return [
-            order.prompt,
-            order.method,
-            order.seed,
-            False,
-            order.quality,
-            "",
-            "example",
-            f'<div class="u3-status"><p role="status">{text}</p></div>',
-            "",
-            str(example.folder / "mesh.glb"),
-            "",
-        ]
 
-    fields = [form.prompt, form.method, form.seed, form.is_random, form.quality]
-    gallery.select(show, None, [*fields, *panel.outputs], queue=False, api_visibility="private")
+def _example_values(example: Example, settings: WebSettings) -> list[Any]:
+    """What a click on an example puts into the form, the panel, the cancel button and the timer."""
+    order = example.order
+    status, sheet, result = views.example_html(example, settings)
+    return [
+        *(order.prompt, order.negative_prompt, order.method, order.divergence or OWN_DIVERGENCE),
+        *(order.teacher if order.teacher in settings.teachers else gr.skip(), order.seed),
+        *(False, order.quality),
+        *("", EXAMPLE, status, sheet, str(example.folder / "mesh.glb"), result),
+        gr.Button(interactive=False),
+        gr.Timer(active=False),
+    ]
 
 
 def _build_compare(page: Any, desk: Desk) -> None:
     gr.Markdown("The same prompt and seed by two methods, side by side.")
     with gr.Row():
-        prompt = gr.Textbox(label="What to make", max_length=1024, scale=3, elem_id="compare-prompt")
+        prompt = gr.Textbox(
+            label="What to make",
+            placeholder="a red wooden chair",
+            max_length=MAX_PROMPT_LENGTH,
+            scale=3,
+            elem_id="compare-prompt",
+        )
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED_ON_PAGE, min_width=100)
     with gr.Row():
         choices = list(METHODS)
         left = gr.Dropdown(choices, value="uni-instruct", label="First method", min_width=140)
         right = gr.Dropdown(choices, value="sds", label="Second method", min_width=140)
-        quality = gr.Radio(list(reversed(PRESET_FILES)), value="draft", label="Quality", min_width=140)
+        quality = gr.Radio(QUALITY_CHOICES, value="draft", label="Quality", min_width=140)
     with gr.Row():
         start = gr.Button("Compare", variant="primary", elem_id="compare")
         cancel = gr.Button("Cancel both", variant="stop", interactive=False)
-    notice = gr.HTML("", elem_id="compare-notice")
+    notice = gr.HTML("", elem_id="compare-notice", padding=False)
     with gr.Row(equal_height=False):
         panels = []
         for name in ("left", "right"):
@@ -473,7 +398,14 @@ def _build_compare(page: Any, desk: Desk) -> None:
     ) -> list[Any]:
         visitor = desk.visitor(request)
         try:
-            jobs = desk.order_two(visitor, prompt, seed, (left, right), quality)
+            if left == right:
+                raise UsageError("both methods are the same; choose two")
+            teacher = next(iter(desk.store.settings.teachers))
+            rest: dict[str, Any] = {"seed": seed_of(seed), "quality": text_of(quality), "teacher": teacher}
+            orders = [
+                Order(prompt=text_of(prompt), method=text_of(method), **rest) for method in (left, right)
+            ]
+            jobs = desk.order_all(request, orders)
         except Uni3DError as error:
             return [views.notice_html(str(error)), *[gr.skip()] * len(outputs)]
         return ["", *followed(visitor, jobs[0].id, "", jobs[1].id, "")]

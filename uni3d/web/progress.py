@@ -55,6 +55,14 @@ class JobProgress:
         self._say(phase=phase)
         self.leave_if_asked()
 
+    def warn(self, message: str) -> None:
+        """Say something that stays with the job whatever comes of it."""
+        self._say(message=message)
+
+    def end(self) -> None:
+        """Count the time since the last step: that of making the mesh."""
+        self._say()
+
     def step(self, step: int, loss: float, draw: Callable[[], object] | None = None) -> None:
         """Say that `step` is done; `draw` writes the picture progress.png when it is time for one."""
         now = time.monotonic()

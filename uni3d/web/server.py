@@ -96,6 +96,7 @@ def serve(options: argparse.Namespace, worker_command: Sequence[str] | None) -> 
                 auth=auth,
                 theme=page.theme(),
                 css=views.CSS,
+                head=page.ONE_CLICK,
                 app_kwargs={"middleware": [gate]},
                 allowed_paths=[],
                 footer_links=[],

@@ -21,7 +21,8 @@ class WebSettings:
         folder: holds everything that outlives a restart; private to this user.
         teachers: the teachers that a visitor may choose from, by the name that the page shows.
         max_steps: cap on the steps of a job; none leaves the presets as they are.
-        max_fruitless_starts: a job that took the worker down this often without getting further has failed.
+        max_fruitless_starts: a job that took the worker down this often without getting further has failed;
+            many, since whoever ends the worker by hand does not mean the job.
         max_silent_s: a worker that says nothing for this long about its job is replaced.
     """
 
@@ -33,7 +34,7 @@ class WebSettings:
     max_unfinished_per_visitor: int = 6
     max_per_hour: int = 30
     max_minutes: float = 240.0
-    max_fruitless_starts: int = 5
+    max_fruitless_starts: int = 25
     max_silent_s: float = 1800.0
     keep_days: float = 7.0
     max_gigabytes: float = 5.0

@@ -11,6 +11,7 @@ never in the server. A job leaves these files in its folder, and nothing else:
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import json
@@ -28,15 +29,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from uni3d.errors import Interrupted, Uni3DError
+from uni3d.resources import weights_folder
 from uni3d.web.job_queue import JobQueue
 from uni3d.web.jobs import CANCELLED_BY_VISITOR, Job, JobStore, State
 from uni3d.web.orders import reproducing_config, run_config
 from uni3d.web.progress import JobCancelled, JobProgress, WorkerStopped
 from uni3d.web.settings import WebSettings, make_private_folder
+from uni3d.web.speed import read_trial, try_steps
 
 logger = logging.getLogger(__name__)
 
 Make = Callable[[Job, WebSettings, Path, JobProgress], None]
+Trial = Callable[[WebSettings, Callable[[], object]], None]
 
 _POLL_S = 0.2
 _SWEEP_INTERVAL_S = 300.0
@@ -62,19 +66,22 @@ def main(arguments: list[str] | None = None, *, make: Make | None = None) -> int
     with (settings.folder / "worker.lock").open("w") as lock:
         if not _lock(lock, stopping):
             return 0
-        Worker(settings, make or make_mesh, stopping).work()
+        Worker(settings, make or make_mesh, stopping, try_steps if make is None else None).work()
     return 0
 
 
 class Worker:
-    """One job at a time from the queue, until `stopping` is set."""
+    """One job at a time from the queue, until `stopping` is set; `trial` measures the machine meanwhile."""
 
-    def __init__(self, settings: WebSettings, make: Make, stopping: threading.Event) -> None:
+    def __init__(
+        self, settings: WebSettings, make: Make, stopping: threading.Event, trial: Trial | None = None
+    ) -> None:
         self.settings = settings
         self.store = JobStore(settings)
         self.queue = JobQueue(settings.folder, self.run)
         self._make = make
         self._stopping = stopping
+        self._trial = None if read_trial(settings) else trial
 
     def work(self) -> None:
         """Recover what was left behind, then run jobs as they come."""
@@ -86,8 +93,33 @@ class Worker:
             if time.monotonic() - swept_at > _SWEEP_INTERVAL_S:
                 self.store.sweep()
                 swept_at = time.monotonic()
-            if not self.queue.run_next():
+            if self.queue.run_next():
+                continue
+            if waiting := self.store.waiting():  # whoever ordered could not add to the queue, or not yet
+                self.queue.replace(job.id for job in waiting)
+            elif self._trial is not None:
+                self._measure(self._trial)
+            else:
                 self._stopping.wait(_POLL_S)
+
+    def _measure(self, trial: Trial) -> None:
+        """Take the trial steps, unless a job comes in between; then after it."""
+
+        def leave_if_asked() -> None:
+            if self._stopping.is_set() or self.store.waiting():
+                raise WorkerStopped
+
+        try:
+            trial(self.settings, leave_if_asked)
+        except WorkerStopped:
+            return
+        except Interrupted:
+            self._stopping.set()
+        except Exception:  # a teacher that cannot be loaded, say: the first job will tell
+            logger.exception("the machine could not be measured")
+        finally:
+            free_memory()
+        self._trial = None
 
     def run(self, job_id: str) -> None:
         """Run one job to its end, whatever that is; only leaving the worker puts it back into the queue."""
@@ -97,7 +129,7 @@ class Worker:
         folder = make_private_folder(self.store.folder(job.id))
         progress = JobProgress(self.store, job, self._stopping.is_set)
         state, message = self._attempt(job, folder, progress)
-        gc.collect()  # a field and its networks refer to each other
+        free_memory()
         if state is None:
             self.store.release(job.id)
             return
@@ -111,6 +143,7 @@ class Worker:
         try:
             progress.leave_if_asked()
             self._make(job, self.settings, folder, progress)
+            progress.end()
         except JobCancelled:
             return "cancelled", CANCELLED_BY_VISITOR
         except (WorkerStopped, Interrupted):
@@ -160,12 +193,24 @@ def make_mesh(job: Job, settings: WebSettings, folder: Path, progress: JobProgre
             loss = values.get("student_loss", math.nan)  # there is none while the field waits
             progress.step(optimiser.step_index, loss, lambda: _draw_field(optimiser, folder))
 
+    if (unknown := _unknown_to_teacher(job, settings)) is not None:
+        progress.warn(unknown)
     config = run_config(job.order, settings, runs_folder=folder)
     runs = sorted(folder.glob("*/config.yaml"))
     if runs:
         config = dataclasses.replace(config, resume=runs[0].parent)
     result = text_to_3d.generate(config, watch=Watch())
+    progress.leave_if_asked()  # to cancel is possible as long as there is nothing to show
     keep_results(result.run_directory, folder, job, settings, result.report["mesh"])
+
+
+def _unknown_to_teacher(job: Job, settings: WebSettings) -> str | None:
+    """A sentence about words of the prompt that the teacher was not trained on, if it says what it was."""
+    from uni3d.data.captions import read_vocabulary, unknown_in_prompt
+
+    source = settings.teachers[job.teacher]
+    file = (weights_folder("teacher") if source == "embedded" else Path(source)) / "vocabulary.json"
+    return unknown_in_prompt(job.prompt, read_vocabulary(file)) if file.is_file() else None
 
 
 def _draw_field(optimiser: Any, folder: Path) -> None:
@@ -190,6 +235,7 @@ def keep_results(
 
     report.json comes last: with it the results are complete.
     """
+    from uni3d.mesh.gltf_validator import validate_glb
     from uni3d.training.checkpoint import atomic_write, atomic_write_json, atomic_write_text
 
     def write_zip(temporary: Path) -> None:
@@ -204,6 +250,7 @@ def keep_results(
     atomic_write_text(folder / "config.yaml", reproducing_config(job.order, settings))
     # Last, since a resumed job takes its presence for the end of the work.
     figures = {name: value for name, value in mesh_figures.items() if name not in ("path", "extras")}
+    figures["gltf_validator"] = validate_glb(folder / "mesh.glb")
     atomic_write_json(folder / "report.json", json.loads(json.dumps(figures, default=float)))
     _remove_runs(folder)
 
@@ -217,6 +264,17 @@ def _remove_runs(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------- the process
+
+
+def free_memory() -> None:
+    """Hand back what an ended job held: to the system, and to whoever else uses the GPU."""
+    gc.collect()  # a field and its networks refer to each other
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the GNU C library
+    if trim is not None:
+        trim(0)
 
 
 def _watch_server(stopping: threading.Event) -> None:

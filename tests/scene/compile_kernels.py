@@ -1,0 +1,63 @@
+"""Compile every kernel for an H100, which needs no GPU: run by a test, in a process of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from uni3d.scene import grid_kernels, ray_kernels
+
+H100 = GPUTarget("cuda", 90, 32)
+INTEGERS = (
+    "num_points",
+    "num_rays",
+    "resolution",
+    "size",
+    "point_stride",
+    "feature_stride",
+    "channel_stride",
+)
+FLOATS = ("step", "half_extent", "per_unit", "limit")
+INT32_TENSORS = ("levels", "count")
+INT64_TENSORS = ("found", "wanted", "kept", "places", "lit", "end")
+
+
+def type_of(kernel: Any, name: str) -> str:
+    """The type that the wrappers pass; all other arguments are float32 tensors."""
+    if name.isupper():
+        return "constexpr"
+    if name in INTEGERS:
+        return "i32"
+    if name in FLOATS:
+        return "fp32"
+    if name == "occupied":
+        return "*u8"
+    is_slot = name == "start" and "directions" not in kernel.arg_names  # else a distance
+    if name in INT64_TENSORS or is_slot:
+        return "*i64"
+    return "*i32" if name in INT32_TENSORS else "*fp32"
+
+
+def compile_for_h100(kernel: Any, **constants: int) -> str:
+    """The machine code's assembly of a kernel."""
+    signature = {name: type_of(kernel, name) for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return compile(source, target=H100).asm["ptx"]
+
+
+for features in (1, 2):
+    constants = {"FEATURES": features, "POINTS": grid_kernels.BLOCK}
+    compile_for_h100(grid_kernels._hash_forward, **constants)
+    assert "add.f32" in compile_for_h100(grid_kernels._hash_backward, **constants)
+for channels in (3,):
+    constants = {"CHANNELS": channels, "POINTS": grid_kernels.BLOCK}
+    compile_for_h100(grid_kernels._dense_forward, **constants)
+    compile_for_h100(grid_kernels._dense_backward, **constants)
+for kernel in (ray_kernels._count_occupied, ray_kernels._write_places, ray_kernels._absorb):
+    compile_for_h100(kernel, RAYS=ray_kernels.RAYS)
+for features in (3,):
+    constants = {"FEATURES": features, "RAYS": ray_kernels.RAYS}
+    compile_for_h100(ray_kernels._composite_forward, **constants)
+    compile_for_h100(ray_kernels._composite_backward, **constants)
