@@ -27,10 +27,17 @@ from uni3d.mesh.surface import Surface
 from uni3d.mesh.surface_renderer import SurfaceColour, SurfaceImages, SurfaceRenderer, View, sample_lights
 from uni3d.mesh.surface_terms import laplacian, normal_consistency, sign_entropy
 from uni3d.mesh.tetrahedra import SurfaceTopology
-from uni3d.scene.camera import Cameras, sample_orbit_cameras
+from uni3d.scene.camera import Cameras
 from uni3d.scene.radiance_field import RadianceField
 from uni3d.scene.regularisers import total_variation
-from uni3d.scene_optimiser import StepReport, build_distiller, resolve_recipe, training_backgrounds
+from uni3d.scene_optimiser import (
+    StepReport,
+    build_distiller,
+    noise_and_scale,
+    resolve_recipe,
+    training_backgrounds,
+    training_cameras,
+)
 from uni3d.stages_config import GeometryConfig, StageGuidanceConfig, TextureConfig
 from uni3d.training.descent import descend
 from uni3d.training.distiller import Distiller
@@ -326,25 +333,13 @@ class MeshOptimiser:
         return images.image, cameras.conditioning(), cameras.view_words()
 
     def _noise(self) -> dict[str, Any]:
-        return {
-            "noise_range": (self._value(self.guidance.noise_min), self._value(self.guidance.noise_max)),
-            "guidance_scale": self._value(self.guidance.guidance_scale),
-        }
+        return noise_and_scale(self.guidance, self.progress)
 
     def _value(self, schedule: Schedule) -> float:
         return value_at(schedule, self.progress)
 
     def _sample_cameras(self, num: int) -> Cameras:
-        cameras = self.config.cameras
-        return sample_orbit_cameras(
-            num,
-            generator=self.generator,
-            elevation_range_deg=cameras.elevation_deg,
-            overhead_range_deg=cameras.overhead_deg,
-            overhead_probability=cameras.overhead_probability,
-            radius_range=cameras.radius,
-            fov_y_deg=cameras.fov_y_deg,
-        )
+        return training_cameras(self.config.cameras, num, self.generator)
 
     # ------------------------------------------------------------------ rendering and state
 

@@ -19,7 +19,7 @@ from uni3d.config import TextTo3DConfig
 from uni3d.config_values import Schedule, value_at
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.diffusion.prompt import PromptContexts
-from uni3d.scene.camera import Cameras, sample_orbit_cameras
+from uni3d.scene.camera import Cameras
 from uni3d.scene.field_stack import FieldStack, total_variation_each
 from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.radiance_field import RadianceField
@@ -31,8 +31,10 @@ from uni3d.scene_optimiser import (
     check_groups,
     fake_score_law,
     most_demanding_recipe,
+    noise_and_scale,
     stage_recipe,
     training_backgrounds,
+    training_cameras,
 )
 from uni3d.scene_requests import SceneRequest
 from uni3d.training.distiller_stack import DistillerStack
@@ -212,23 +214,10 @@ class SceneBatch:
         return joined, output
 
     def _sample_cameras(self, num: int, generator: torch.Generator) -> Cameras:
-        cameras = self.config.cameras
-        return sample_orbit_cameras(
-            num,
-            generator=generator,
-            elevation_range_deg=cameras.elevation_deg,
-            overhead_range_deg=cameras.overhead_deg,
-            overhead_probability=cameras.overhead_probability,
-            radius_range=cameras.radius,
-            fov_y_deg=cameras.fov_y_deg,
-        )
+        return training_cameras(self.config.cameras, num, generator)
 
     def _noise(self) -> dict[str, Any]:
-        guidance = self.config.guidance
-        return {
-            "noise_range": (self._value(guidance.noise_min), self._value(guidance.noise_max)),
-            "guidance_scale": self._value(guidance.guidance_scale),
-        }
+        return noise_and_scale(self.config.guidance, self.progress)
 
     def _move_fields(self, student: Tensor) -> list[bool]:
         config = self.config.optimiser

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uni3d.config import RendererConfig, TextTo3DConfig
+from uni3d.config import CamerasConfig, GuidanceConfig, RendererConfig, TextTo3DConfig
 from uni3d.config_values import Schedule, value_at
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.diffusion.prompt import PromptContexts
@@ -42,6 +42,7 @@ from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.radiance_field import RadianceField
 from uni3d.scene.regularisers import opacity_entropy, opacity_sparsity, total_variation
 from uni3d.scene.renderer import RenderOutput
+from uni3d.stages_config import StageGuidanceConfig
 from uni3d.training.descent import descend
 from uni3d.training.distiller import Distiller
 from uni3d.training.fake_score_law import FakeScoreLaw
@@ -231,11 +232,7 @@ class SceneOptimiser:
         )
 
     def _noise(self) -> dict[str, Any]:
-        guidance = self.config.guidance
-        return {
-            "noise_range": (self._value(guidance.noise_min), self._value(guidance.noise_max)),
-            "guidance_scale": self._value(guidance.guidance_scale),
-        }
+        return noise_and_scale(self.config.guidance, self.progress)
 
     def _move_field(self, student: Tensor) -> Tensor:
         config = self.config
@@ -319,16 +316,7 @@ class SceneOptimiser:
         return self.field.colour(points.to(self.device))
 
     def _sample_cameras(self, num: int) -> Cameras:
-        cameras = self.config.cameras
-        return sample_orbit_cameras(
-            num,
-            generator=self.generator,
-            elevation_range_deg=cameras.elevation_deg,
-            overhead_range_deg=cameras.overhead_deg,
-            overhead_probability=cameras.overhead_probability,
-            radius_range=cameras.radius,
-            fov_y_deg=cameras.fov_y_deg,
-        )
+        return training_cameras(self.config.cameras, num, self.generator)
 
     def _value(self, schedule: Schedule) -> float:
         return value_at(schedule, self.progress)
@@ -444,6 +432,27 @@ def build_distiller(
         generator=generator,
         processes=processes,
     )
+
+
+def training_cameras(settings: CamerasConfig, num: int, generator: torch.Generator) -> Cameras:
+    """`num` cameras drawn as the settings say."""
+    return sample_orbit_cameras(
+        num,
+        generator=generator,
+        elevation_range_deg=settings.elevation_deg,
+        overhead_range_deg=settings.overhead_deg,
+        overhead_probability=settings.overhead_probability,
+        radius_range=settings.radius,
+        fov_y_deg=settings.fov_y_deg,
+    )
+
+
+def noise_and_scale(guidance: GuidanceConfig | StageGuidanceConfig, progress: float) -> dict[str, Any]:
+    """What `Distiller.losses` is told when the fraction `progress` of a run or a stage is done."""
+    return {
+        "noise_range": (value_at(guidance.noise_min, progress), value_at(guidance.noise_max, progress)),
+        "guidance_scale": value_at(guidance.guidance_scale, progress),
+    }
 
 
 def training_backgrounds(

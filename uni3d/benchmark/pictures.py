@@ -17,7 +17,12 @@ from uni3d.config import TextTo3DConfig
 from uni3d.config_values import Schedule, value_at
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.scene.camera import Cameras
-from uni3d.scene_optimiser import StepReport, build_distiller, stage_recipe
+from uni3d.scene_optimiser import (
+    StepReport,
+    build_distiller,
+    noise_and_scale,
+    stage_recipe,
+)
 from uni3d.training.descent import descend
 
 _INITIAL_STD = 0.5
@@ -97,11 +102,7 @@ class PictureOptimiser:
         return self.distiller.recipe.needs_fake_score and self.step_index < wait
 
     def _noise(self) -> dict[str, Any]:
-        guidance = self.config.guidance
-        return {
-            "noise_range": (self._value(guidance.noise_min), self._value(guidance.noise_max)),
-            "guidance_scale": self._value(guidance.guidance_scale),
-        }
+        return noise_and_scale(self.config.guidance, self._progress)
 
     @property
     def _progress(self) -> float:
