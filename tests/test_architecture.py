@@ -13,8 +13,8 @@ PACKAGE = ROOT / "uni3d"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 600
 
-# Light modules without torch that any room but `losses` may use.
-PLAIN = {"errors", "resources"}
+# Light modules that any room but `losses` may use; of them only device_clock knows torch.
+PLAIN = {"errors", "resources", "device_clock"}
 ATOMIC_WRITE = {"training.checkpoint"}
 # Torch alone: what lets several scenes share one pass.
 STACKS = {"random_streams", "parameter_stack"}
@@ -75,6 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # The plain layer: settings and checks, standard library and YAML only.
     "random_streams": set(),
+    "device_clock": set(),
     "parameter_stack": set(),
     "errors": set(),
     "config_values": {"errors"},

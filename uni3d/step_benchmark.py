@@ -31,9 +31,10 @@ from uni3d.config import (
     RendererConfig,
     TextTo3DConfig,
 )
+from uni3d.device_clock import count_host_waits
 from uni3d.diffusion.acceleration import accelerate
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
-from uni3d.distillation.benchmark_step import count_host_waits, matrix_rate
+from uni3d.distillation.benchmark_step import matrix_rate
 from uni3d.random_teacher import random_teacher
 from uni3d.scene_optimiser import SceneOptimiser
 from uni3d.threestudio_step import ThreestudioStep

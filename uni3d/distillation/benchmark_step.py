@@ -17,7 +17,6 @@ import importlib
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +25,9 @@ from typing import Any, Literal
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from uni3d.device_clock import count_host_waits, cpu_clock, cuda_clock
 from uni3d.diffusion.edm import PRESETS, EDMConfig, preset, skeleton
-from uni3d.distillation.training_steps import BUILDS, StepBuilder, StepSetup, TrainingStep
+from uni3d.distillation.training_steps import BUILDS, StepBuilder, StepSetup
 from uni3d.errors import UsageError
 from uni3d.losses.recipe import Recipe
 from uni3d.training.checkpoint import atomic_write_json
@@ -145,7 +145,7 @@ def time_build(build: StepBuilder, setup: StepSetup, *, num_warmup: int, num_rep
         torch.cuda.synchronize(setup.device)
         torch.cuda.reset_peak_memory_stats(setup.device)
     warmup_s = time.monotonic() - started
-    clock = _cuda_clock if is_cuda else _cpu_clock
+    clock = cuda_clock if is_cuda else cpu_clock
     times = clock(step, num_repeats)
     peak = torch.cuda.max_memory_allocated(setup.device) / 2**30 if is_cuda else 0.0
     median = statistics.median(times)
@@ -162,42 +162,10 @@ def time_build(build: StepBuilder, setup: StepSetup, *, num_warmup: int, num_rep
     )
 
 
-def _cuda_clock(step: TrainingStep, num: int) -> list[float]:
-    """Milliseconds between events around each step; the host waits only at the end."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(num + 1)]
-    events[0].record()
-    for index in range(num):
-        step()
-        events[index + 1].record()
-    torch.cuda.synchronize()
-    return [first.elapsed_time(second) for first, second in zip(events, events[1:], strict=False)]
-
-
-def _cpu_clock(step: TrainingStep, num: int) -> list[float]:
-    times = []
-    for _ in range(num):
-        started = time.perf_counter()
-        step()
-        times.append((time.perf_counter() - started) * 1e3)
-    return times
-
-
-def count_host_waits(step: TrainingStep) -> int:
-    """How often one step makes the host wait for the CUDA device, as far as torch can tell."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught)
-
-
 def matrix_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16, *, size: int = 8192) -> float:
     """Operations per second of a product of square matrices: the best of several."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    clock = _cuda_clock if device.type == "cuda" else _cpu_clock
+    clock = cuda_clock if device.type == "cuda" else cpu_clock
 
     def multiply() -> None:
         torch.mm(a, b)

@@ -15,8 +15,6 @@ import functools
 import gc
 import statistics
 import sys
-import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uni3d.device_clock import count_host_waits, cpu_clock, cuda_clock
 from uni3d.errors import Uni3DError
 from uni3d.scene.backends import RendererName, choose_encoding_backend, choose_renderer
 from uni3d.scene.budget_renderer import render_within_budget
@@ -81,13 +80,13 @@ def measure(work: Work, settings: KernelBenchmark) -> dict[str, Any]:
     gc.collect()
     for _ in range(settings.num_warmup):
         work()
-    waits = _host_waits(work) if is_cuda else None
+    waits = count_host_waits(work) if is_cuda else None
     before = 0
     if is_cuda:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    clock = _cuda_clock if is_cuda else _cpu_clock
+    clock = cuda_clock if is_cuda else cpu_clock
     times = clock(work, settings.num_repeats)
     peak = torch.cuda.max_memory_allocated(device) - before if is_cuda else 0
     return {
@@ -96,37 +95,6 @@ def measure(work: Work, settings: KernelBenchmark) -> dict[str, Any]:
         "peak_memory_mib": peak / 2**20,
         "host_waits": waits,
     }
-
-
-def _cuda_clock(work: Work, num: int) -> list[float]:
-    """Milliseconds between events around each go; the host waits only at the end."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(num + 1)]
-    events[0].record()
-    for index in range(num):
-        work()
-        events[index + 1].record()
-    torch.cuda.synchronize()
-    return [first.elapsed_time(second) for first, second in zip(events, events[1:], strict=False)]
-
-
-def _cpu_clock(work: Work, num: int) -> list[float]:
-    times = []
-    for _ in range(num):
-        started = time.perf_counter()
-        work()
-        times.append((time.perf_counter() - started) * 1e3)
-    return times
-
-
-def _host_waits(work: Work) -> int:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            work()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught)
 
 
 # ---- what is timed
