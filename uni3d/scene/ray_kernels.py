@@ -125,7 +125,8 @@ def _composite_forward(
 ):  # fmt: skip
     # One program a column: walking again costs less than accumulators in two dimensions, whose threads would
     # have to wait for each other at every sample.
-    column = tl.program_id(1)
+    # The column is a block because the interpreter of triton 3.9 turns a mask made of a scalar into integers.
+    column = tl.zeros([RAYS], tl.int32) + tl.program_id(1)
     ray = tl.program_id(0) * RAYS + tl.arange(0, RAYS)
     is_ray = ray < num_rays
     first = tl.load(start + ray, mask=is_ray, other=0)
