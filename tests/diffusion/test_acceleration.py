@@ -61,6 +61,27 @@ def test_running_out_of_memory_is_passed_on() -> None:
         WithFallback(exhaust, lambda: None, "a pass")()
 
 
+def test_no_capture_outlives_its_adapters(tiny_teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph replays the parameters it was captured with, so a new fake score needs a new capture."""
+    teacher = LatentDiffusionTeacher.from_pretrained(tiny_teacher_folder)
+    captures = []
+
+    def capture(self: GraphedPass, *_: Any) -> Any:
+        captures.append({name for name, value in teacher.network.named_parameters() if value.requires_grad})
+        return lambda *tensors: teacher.eager_pass(*tensors, None)
+
+    monkeypatch.setattr(GraphedPass, "_capture", capture)
+    graphed = GraphedPass(teacher.eager_pass, teacher.network)
+    teacher.network_pass, teacher.network_changed = graphed, graphed.forget
+    for num_captures in (1, 2):
+        fake = LoRAFakeScore(teacher, rank=2)
+        before = predict(teacher), predict(teacher)
+        assert torch.equal(*before) and len(captures) == num_captures and captures[-1]
+    fake.remove()
+    predict(teacher)
+    assert captures[-1] == set()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["graphs", "compile"])
 def test_a_gpu_computes_the_same_faster(tiny_teacher_folder: Path, mode: str) -> None:

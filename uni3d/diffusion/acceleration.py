@@ -29,6 +29,7 @@ def accelerate(teacher: LatentDiffusionTeacher, mode: str) -> str:
     Returns what was chosen and why, for the log. Fake scores on the teacher's network are included.
     """
     teacher.network_pass, teacher.encode_pass = teacher.eager_pass, teacher.eager_encode
+    teacher.network_changed = lambda: None
     is_cuda = teacher.device.type == "cuda"
     if mode == "off":
         return "plain execution (chosen)"
@@ -43,6 +44,7 @@ def accelerate(teacher: LatentDiffusionTeacher, mode: str) -> str:
         call, encode = torch.compile(teacher.eager_pass), torch.compile(teacher.eager_encode)
     else:
         call = GraphedPass(teacher.eager_pass, teacher.network)
+        teacher.network_changed = call.forget
         encode = GraphedPass(teacher.eager_encode, teacher.vae)
     teacher.network_pass = WithFallback(call, teacher.eager_pass, f"{mode} of the network")
     teacher.encode_pass = WithFallback(encode, teacher.eager_encode, f"{mode} of the autoencoder")
@@ -112,6 +114,10 @@ class GraphedPass:
         if key not in self._captured:
             self._captured[key] = self._capture(is_given, tensors, has_gradient)
         return _copied(self._captured[key](*tensors))
+
+    def forget(self) -> None:
+        """Capture anew from the next call on: the network has other parameters now."""
+        self._captured.clear()
 
     def _capture(self, is_given: tuple[bool, ...], tensors: list[Tensor], has_gradient: bool) -> Pass:
         call = _Call(self._run, self._network, is_given)

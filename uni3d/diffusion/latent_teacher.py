@@ -74,6 +74,8 @@ class LatentDiffusionTeacher(ABC):
             was trained on several views of one object (MVDream); they share a noise level. 1: each alone.
         network_pass: how the network is run; replaced by a compiled or captured form of `eager_pass`.
         encode_pass: the same for `eager_encode`.
+        network_changed: to be called by who puts parameters into the network or takes them out, since a
+            captured `network_pass` knows only those of its capture.
     """
 
     network: Any
@@ -88,6 +90,7 @@ class LatentDiffusionTeacher(ABC):
     views_per_group: int = 1
     network_pass: NetworkPass = field(init=False)
     encode_pass: Callable[[Tensor], Tensor] = field(init=False)
+    network_changed: Callable[[], object] = field(init=False)
 
     attention_projections: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """The linear layers of every attention of the network, where a fake score puts its adapters."""
@@ -106,6 +109,7 @@ class LatentDiffusionTeacher(ABC):
         self.time_embedding.register_forward_hook(self._add_to_time_embedding)
         self.network_pass = self.eager_pass
         self.encode_pass = self.eager_encode
+        self.network_changed = lambda: None
 
     @staticmethod
     def from_pretrained(

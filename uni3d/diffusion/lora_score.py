@@ -87,6 +87,7 @@ class LoRAFakeScore:
             parameter.requires_grad_(True)
         self.camera_embedding = self._build_camera_embedding(generator).to(teacher.device)
         self._switch(False)
+        teacher.network_changed()
 
     def _build_camera_embedding(self, generator: torch.Generator | None) -> CameraEmbedding:
         width = self.teacher.time_embedding_width
@@ -122,6 +123,7 @@ class LoRAFakeScore:
     def remove(self) -> None:
         """Take the adapters off the network again."""
         self.teacher.network.delete_adapters(ADAPTER_NAME)
+        self.teacher.network_changed()
 
     def predict_x0(
         self,
