@@ -32,7 +32,7 @@ from uni3d.data.captions import read_vocabulary, unknown_prompt_warning
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import Interrupted, TrainingDiverged, Uni3DError
 from uni3d.evaluation.contact_sheet import SheetRow, write_contact_sheet
-from uni3d.memory import free_memory, rung_for
+from uni3d.memory import fitted, free_memory
 from uni3d.mesh.turntable import render_mesh
 from uni3d.resources import weights_folder
 from uni3d.scene.camera import ring_cameras
@@ -105,8 +105,7 @@ def generate_many(config: TextTo3DConfig, plan: ScenePlan) -> ManyResult:
     anything is written, and Interrupted after a signal once the state is saved.
     """
     resolve_recipe(config)
-    if config.vram is not None:
-        config = rung_for(config.vram).bounded(config)
+    config = fitted(config)
     device, reason = choose_device(config.device)
     started = time.monotonic()
     with joined_processes(uses_cuda=torch.device(device).type == "cuda") as processes:

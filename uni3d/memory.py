@@ -103,6 +103,11 @@ def rung_for(vram_gb: int) -> MemoryRung:
     return next(rung for rung in RUNGS if rung.name == str(vram_gb))
 
 
+def fitted(config: TextTo3DConfig) -> TextTo3DConfig:
+    """The settings, no larger than the card of `config.vram` allows; as they are where that is none."""
+    return config if config.vram is None else rung_for(config.vram).bounded(config)
+
+
 class MemoryLadder:
     """Bounds the settings of a run, and bounds them more each time memory runs out."""
 

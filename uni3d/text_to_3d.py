@@ -31,7 +31,7 @@ from uni3d.config_loader import config_to_dict, config_to_yaml, load_config
 from uni3d.data.captions import read_vocabulary, unknown_prompt_warning
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import Interrupted, Uni3DError, UsageError
-from uni3d.memory import rung_for
+from uni3d.memory import fitted
 from uni3d.mesh.export import write_mesh
 from uni3d.mesh.renderable import RenderableMesh
 from uni3d.mesh.report import compare_with_field, mesh_report
@@ -341,8 +341,7 @@ def _checked(config: TextTo3DConfig) -> TextTo3DConfig:
         if config.output is None and saved.output is not None:
             config = dataclasses.replace(config, output=saved.output, overwrite=saved.overwrite)
     config = dataclasses.replace(config, prompt=check_prompt(config.prompt))
-    if config.vram is not None:
-        config = rung_for(config.vram).bounded(config)
+    config = fitted(config)
     for progress in (0.0, 1.0):
         stage_recipe(config, progress)
     if config.output is not None:

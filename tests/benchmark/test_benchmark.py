@@ -10,18 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from plain_evaluator import PlainEvaluator
 
 from uni3d.benchmark import program
 from uni3d.benchmark.backends import FieldBackend, PictureBackend, Product, read_views
 from uni3d.benchmark.pages import summary_markdown
+from uni3d.benchmark.plan import chosen_variants
 from uni3d.benchmark.scores import Judges, judge_product, read_embeddings, run_figures
 from uni3d.benchmark.settings import BenchmarkConfig, BudgetConfig, TuningConfig, ViewsConfig
-from uni3d.config import DiscriminatorConfig, FieldConfig, MeshConfig, RendererConfig, TextTo3DConfig
+from uni3d.config import (
+    DiscriminatorConfig,
+    FieldConfig,
+    MeshConfig,
+    NetworksConfig,
+    RendererConfig,
+    TextTo3DConfig,
+)
 from uni3d.config_loader import load_variants
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
-from uni3d.errors import ConfigError
+from uni3d.errors import ConfigError, MissingWeightsError
 from uni3d.evaluation.settings import MeshQualitySettings
 from uni3d.resources import resource_path
 from uni3d.scene.camera import Cameras
@@ -79,6 +88,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_folder: Path
         summary = program.benchmark(settings)
     assert summary is not None
     return settings, summary
+
+
+def test_the_teacher_is_run_as_the_settings_say(tmp_path: Path, tiny_teacher_folder: Path) -> None:
+    settings = config(tmp_path, tiny_teacher_folder)
+    networks = NetworksConfig(dtype="bfloat16", image_size=32, vae_slicing=True)
+    settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, networks=networks))
+    teacher = program._Session(settings, settings.output, chosen_variants(settings)).backend.teacher
+    assert teacher.dtype == torch.bfloat16 and teacher.image_size == 32 and teacher.vae.use_slicing
+    lora = dataclasses.replace(settings.run, teacher_lora=tmp_path / "lost.safetensors")
+    with pytest.raises(MissingWeightsError, match="lost.safetensors"):
+        program.benchmark(dataclasses.replace(settings, run=lora))
 
 
 def row(summary: dict[str, Any], method: str) -> dict[str, Any]:

@@ -122,3 +122,16 @@ def test_a_method_whose_settings_make_no_recipe_is_named(tmp_path: Path) -> None
 def test_shipped_variant_files_are_those_that_are_named() -> None:
     names = {file.stem for file in resource_path("configs/variants").glob("*.yaml")}
     assert names == {"methods", "ablations"}
+
+
+def test_variants_share_the_networks_and_the_bounds_of_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "variants.yaml"
+    config = BenchmarkConfig(variants=str(file), baseline="plain")
+    for own in ("networks: {vae_slicing: true}", "teacher_lora_scale: 0.5", "fake_score: {base: other}"):
+        file.write_text(f"plain: {{}}\nother: {{{own}}}\n")
+        with pytest.raises(ConfigError, match=f"variant 'other' has .*{own.partition(':')[0]}"):
+            chosen_variants(config)
+    file.write_text("plain: {guidance: {views_per_step: 4}}\n")
+    on_a_small_card = dataclasses.replace(config, run=TextTo3DConfig(vram=8))
+    for run, num_views in ((config, 4), (on_a_small_card, 1)):
+        assert chosen_variants(run)["plain"].guidance.views_per_step == num_views

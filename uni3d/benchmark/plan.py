@@ -15,12 +15,15 @@ from uni3d.config_loader import config_to_dict, config_to_yaml, load_config, loa
 from uni3d.config_values import Schedule, check_name
 from uni3d.errors import ConfigError, UsageError
 from uni3d.evaluation.benchmark_nouns import read_prompts
+from uni3d.memory import fitted
 from uni3d.prompts import check_prompt
 from uni3d.resources import resource_path
 from uni3d.scene_optimiser import stage_recipe
 from uni3d.training.checkpoint import atomic_write_text
 
 SHIPPED_VARIANTS = ("methods", "ablations")
+# What networks are made of: one teacher serves all variants.
+_OF_THE_TEACHER = ("teacher", "teacher_lora", "teacher_lora_scale", "networks", "vram")
 # May differ between the processes and sittings that fill one folder: they only add runs or read them.
 _MAY_CHANGE = (
     "output",
@@ -57,12 +60,27 @@ def chosen_variants(config: BenchmarkConfig) -> dict[str, TextTo3DConfig]:
     if config.baseline not in chosen:
         raise ConfigError(f"the baseline '{config.baseline}' is not among the methods; add it to them")
     for name, settings in chosen.items():
+        _check_networks(name, settings, config.run)
         try:
             stage_recipe(settings, 0.0)
             stage_recipe(settings, 1.0)
         except ConfigError as error:
             raise ConfigError(f"variant '{name}': {error}") from error
-    return chosen
+    return {name: fitted(settings) for name, settings in chosen.items()}
+
+
+def _check_networks(name: str, settings: TextTo3DConfig, shared: TextTo3DConfig) -> None:
+    """Raise ConfigError for a variant whose networks are not those of all."""
+    own = [key for key in _OF_THE_TEACHER if getattr(settings, key) != getattr(shared, key)]
+    if own:
+        raise ConfigError(
+            f"variant '{name}' has its own {', '.join(own)}, but one teacher serves all; set it under run"
+        )
+    if settings.fake_score.base is not None:
+        raise ConfigError(
+            f"variant '{name}' has a fake_score.base, but passes are counted on the teacher's network alone; "
+            f"leave it out"
+        )
 
 
 def all_prompts(config: BenchmarkConfig) -> list[str]:

@@ -34,15 +34,14 @@ from uni3d.benchmark.teacher_samples import TeacherSamples
 from uni3d.benchmark.work_list import Job, WorkList
 from uni3d.config import TextTo3DConfig
 from uni3d.config_loader import config_to_dict
-from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import UsageError
 from uni3d.evaluation.evaluator import Evaluator
 from uni3d.evaluation.image_reward import ImageReward
 from uni3d.evaluation.retrieval import ClipEmbedding
 from uni3d.evaluation.settings import MeshQualitySettings
-from uni3d.resources import weights_folder
+from uni3d.network_setup import load_teacher
 from uni3d.scene.camera import Cameras
-from uni3d.text_to_3d import EMBEDDED, choose_device
+from uni3d.text_to_3d import choose_device
 from uni3d.training.checkpoint import atomic_write_json, atomic_write_text
 from uni3d.training.stop import StopFlag
 
@@ -102,7 +101,7 @@ class _Session:
         self.prompts = made_prompts(config)
         self.work = WorkList(folder, list(variants), self.prompts, config.seeds, config.budget.kinds)
         self.device = _own_device(config.run.device)
-        teacher = _load_teacher(config.run.teacher, self.device)
+        teacher = load_teacher(config.run, self.device)
         self.judges = _judges(config, self.device)
         self.backend: Backend = (
             FieldBackend(teacher, turntables=config.turntables)
@@ -214,11 +213,6 @@ def _own_device(name: str) -> str:
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     logger.info("device: %s (%s)", device, reason)
     return device
-
-
-def _load_teacher(name: str, device: str) -> LatentDiffusionTeacher:
-    source = weights_folder("teacher") if name == EMBEDDED else name
-    return LatentDiffusionTeacher.from_pretrained(source, device=device)
 
 
 def _judges(config: BenchmarkConfig, device: str) -> Judges:
