@@ -41,7 +41,7 @@ from uni3d.scene_optimiser import (
 from uni3d.stages_config import GeometryConfig, StageGuidanceConfig, TextureConfig
 from uni3d.training.descent import descend
 from uni3d.training.distiller import Distiller
-from uni3d.training.guidance import GuidanceLosses, RealLatents
+from uni3d.training.guidance import RealLatents
 
 MAX_GRADIENT_NORM = 10.0
 # Black and white are kept this far from the ends of the sigmoid, where nothing could change them any more.
@@ -306,14 +306,8 @@ class MeshOptimiser:
         if is_warming_up:
             loss = loss.detach()
         applied = self.student.move(loss, self.progress)
-
-        def again() -> GuidanceLosses:
-            return self.distiller.losses(
-                images.detach(), conditioning, words, **self._noise(), train_student=False
-            )
-
         self.distiller.set_fake_score_learning_rate(self._value(self.config.fake_score.learning_rate))
-        applied = applied & self.distiller.train(losses, again=again)
+        applied = applied & self.distiller.train(losses)
         self.step_index += 1
         return StepReport(losses.statistics | terms, applied)
 

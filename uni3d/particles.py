@@ -116,15 +116,8 @@ class ParticleOptimiser(SceneOptimiser):
             "opacity": output.opacity.mean(),
         }
         applied = self._move_particles(chosen, losses, output, regularisation)
-
-        def again() -> GuidanceLosses:
-            images, conditioning, words = view
-            return self.distiller.losses(
-                images.detach(), conditioning, words, **self._noise(), train_student=False
-            )
-
         self.distiller.set_fake_score_learning_rate(self._value(config.fake_score.learning_rate))
-        applied = self.distiller.train(losses, again=again) & applied
+        applied = self.distiller.train(losses) & applied
         self.step_index += 1
         self._follow_schedules()
         return StepReport(figures, applied)

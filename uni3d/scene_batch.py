@@ -38,7 +38,6 @@ from uni3d.scene_optimiser import (
 )
 from uni3d.scene_requests import SceneRequest
 from uni3d.training.distiller_stack import DistillerStack
-from uni3d.training.guidance import GuidanceLosses
 from uni3d.training.stack_optimiser import StackOptimiser
 
 
@@ -158,15 +157,8 @@ class SceneBatch:
         opacity = output.opacity.detach().view(len(self.scenes), -1).mean(dim=1)
         values = {**losses.statistics, **regularisation, "opacity": opacity}
         moved = self._move_fields(student)
-
-        def again() -> GuidanceLosses:
-            images, conditioning, words = view
-            return self.distiller.losses(
-                images.detach(), conditioning, words, **self._noise(), train_student=False
-            )
-
         self.distiller.set_fake_score_learning_rate(self._value(self.config.fake_score.learning_rate))
-        trained = self.distiller.train(losses, again=again)
+        trained = self.distiller.train(losses)
         self.step_index += 1
         self._follow_schedules()
         finite = [a and b for a, b in zip(moved, trained, strict=True)]

@@ -46,7 +46,6 @@ from uni3d.stages_config import StageGuidanceConfig
 from uni3d.training.descent import descend
 from uni3d.training.distiller import Distiller
 from uni3d.training.fake_score_law import FakeScoreLaw
-from uni3d.training.guidance import GuidanceLosses
 from uni3d.training.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -190,7 +189,7 @@ class SceneOptimiser:
             student = student.detach()
         applied = self._move_field(student)
         self.distiller.set_fake_score_learning_rate(self._value(config.fake_score.learning_rate))
-        applied = applied & self.distiller.train(losses, again=lambda: self._critic_losses(view))
+        applied = applied & self.distiller.train(losses)
         self.step_index += 1
         self._follow_schedules()
         figures = losses.statistics | regularisation | {"opacity": output.opacity.mean()}
@@ -223,13 +222,6 @@ class SceneOptimiser:
         cameras, background = cameras[own], background[own]
         output = self.render(cameras, size, background, training=True)
         return (output.image, cameras.conditioning(), cameras.view_words()), output
-
-    def _critic_losses(self, view: View) -> GuidanceLosses:
-        """Losses of fake score and discriminator alone, at fresh noise."""
-        images, conditioning, words = view
-        return self.distiller.losses(
-            images.detach(), conditioning, words, **self._noise(), train_student=False
-        )
 
     def _noise(self) -> dict[str, Any]:
         return noise_and_scale(self.config.guidance, self.progress)

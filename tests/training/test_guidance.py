@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from uni3d.benchmark.budgets import PassCounter, Passes
 from uni3d.diffusion.discriminator import DiscriminatorHead
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.diffusion.lora_score import LoRAFakeScore
@@ -91,6 +92,26 @@ def test_each_part_gets_its_own_gradient(step: Step, variant: str) -> None:
     assert separate.fake_score is not None
     other = torch.autograd.grad(separate.fake_score, step.fake.parameters())
     assert any(not torch.allclose(a, b) for a, b in zip(other, trained, strict=True))
+
+
+@pytest.mark.parametrize("law", [FakeScoreLaw(), FakeScoreLaw(noise_range=(0.0, 1.0))])
+def test_critics_that_learn_alone_ask_no_teacher(step: Step, law: FakeScoreLaw) -> None:
+    """Of two views each: a pass of the fake score, and half ones of renders and teacher samples."""
+    recipe = recipes.get("uni_instruct", divergence="js")
+    first = step.losses(recipe, fake_law=law)
+    fake, discriminator = {"forward": 2}, {"encoder": 4}
+    for learn, expected in (
+        ((True, True), fake | discriminator),
+        ((True, False), fake),
+        ((False, True), discriminator),
+    ):
+        with PassCounter(step.teacher) as counter:
+            losses = first.again(train_fake_score=learn[0], train_discriminator=learn[1])
+        assert counter.passes == Passes(**expected)
+        assert (losses.fake_score is not None, losses.discriminator is not None) == learn
+    with PassCounter(step.teacher) as counter:  # while the student waits
+        step.losses(recipe, fake_law=law, train_student=False)
+    assert counter.passes == Passes(**fake, **discriminator)
 
 
 def test_jacobians_change_the_gradient_one_by_one(step: Step) -> None:

@@ -74,12 +74,7 @@ class PictureOptimiser:
             losses.student, self.optimiser, self._latents, self.config.optimiser.max_gradient_norm
         )
         self.distiller.set_fake_score_learning_rate(self._value(self.config.fake_score.learning_rate))
-        applied = applied & self.distiller.train(
-            losses,
-            again=lambda: self.distiller.losses(
-                pictures.detach(), *view, **self._noise(), train_student=False
-            ),
-        )
+        applied = applied & self.distiller.train(losses)
         self.step_index += 1
         return StepReport(losses.statistics, applied)
 

@@ -5,12 +5,12 @@ and keeps its own fake score and discriminator up with what the student makes no
 
     losses = distiller.losses(images, cameras.conditioning(), cameras.view_words(), ...)
     losses.student.backward()       # reaches the images; the student's optimiser is the caller's
-    distiller.train(losses, ...)    # the fake score and the discriminator take their steps
+    distiller.train(losses)         # the fake score and the discriminator take their steps
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,21 @@ class SharedRatioNormaliser(RatioNormaliser):
         rows = torch.stack([log_ratio.float(), sigma.float().to(log_ratio.device)], dim=1)
         whole = self.processes.join_rows(rows, num)
         super().update(whole[:, 0], whole[:, 1])
+
+
+def critic_updates(
+    losses: GuidanceLosses, num_fake: int, num_discriminator: int
+) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """The losses of (fake score, discriminator) for each update after a step, None for who has had all of its
+    updates. The first are those of the step, the others of the same images at fresh noise."""
+    for index in range(max(num_fake, num_discriminator)):
+        fake_learns, discriminator_learns = index < num_fake, index < num_discriminator
+        if index > 0:
+            losses = losses.again(train_fake_score=fake_learns, train_discriminator=discriminator_learns)
+        yield (
+            losses.fake_score if fake_learns else None,
+            losses.discriminator if discriminator_learns else None,
+        )
 
 
 class Distiller:
@@ -238,12 +253,8 @@ class Distiller:
             for group in self.fake_optimiser.param_groups:
                 group["lr"] = rate
 
-    def train(self, losses: GuidanceLosses, *, again: Callable[[], GuidanceLosses]) -> Tensor:
-        """Let the fake score and the discriminator take their steps on what the student made.
-
-        Args:
-            losses: of this step; they serve the first update of each.
-            again: gives `losses` of the same images at fresh noise, for every update beyond the first.
+    def train(self, losses: GuidanceLosses) -> Tensor:
+        """Let the fake score and the discriminator take their steps on what the student made in this step.
 
         Returns a bool scalar on the device, false if one of the updates was not finite; such an update moves
         nothing.
@@ -251,32 +262,23 @@ class Distiller:
         num_fake = self.fake_score_updates if self.fake_score is not None else 0
         num_discriminator = self.discriminator_updates if self.discriminator is not None else 0
         is_finite = torch.ones((), dtype=torch.bool, device=self.teacher.device)
-        for index in range(max(num_fake, num_discriminator)):
-            current = losses if index == 0 else again()
-            if index < num_fake:
-                is_finite = is_finite & self._train_fake_score(current)
-            if index < num_discriminator:
-                is_finite = is_finite & self._train_discriminator(current)
+        for fake_loss, discriminator_loss in critic_updates(losses, num_fake, num_discriminator):
+            if fake_loss is not None:
+                is_finite = is_finite & self._train_fake_score(fake_loss)
+            if discriminator_loss is not None:
+                is_finite = is_finite & self._train_discriminator(discriminator_loss)
         return is_finite
 
-    def _train_fake_score(self, losses: GuidanceLosses) -> Tensor:
+    def _train_fake_score(self, loss: Tensor) -> Tensor:
         assert self.fake_score is not None and self.fake_optimiser is not None
-        assert losses.fake_score is not None
         parameters = self.fake_score.parameters()
-        return descend(
-            losses.fake_score, self.fake_optimiser, parameters, MAX_CRITIC_GRADIENT_NORM, self.processes
-        )
+        return descend(loss, self.fake_optimiser, parameters, MAX_CRITIC_GRADIENT_NORM, self.processes)
 
-    def _train_discriminator(self, losses: GuidanceLosses) -> Tensor:
+    def _train_discriminator(self, loss: Tensor) -> Tensor:
         assert self.discriminator is not None and self.discriminator_optimiser is not None
-        assert losses.discriminator is not None
         parameters = list(self.discriminator.parameters())
         return descend(
-            losses.discriminator,
-            self.discriminator_optimiser,
-            parameters,
-            MAX_CRITIC_GRADIENT_NORM,
-            self.processes,
+            loss, self.discriminator_optimiser, parameters, MAX_CRITIC_GRADIENT_NORM, self.processes
         )
 
     def close(self) -> None:

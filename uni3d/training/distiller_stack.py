@@ -23,7 +23,7 @@ from uni3d.losses.discriminator import RatioNormaliser
 from uni3d.losses.recipes import Recipe
 from uni3d.parameter_stack import ParameterStack
 from uni3d.random_streams import SharedStream, Streams
-from uni3d.training.distiller import MAX_CRITIC_GRADIENT_NORM
+from uni3d.training.distiller import MAX_CRITIC_GRADIENT_NORM, critic_updates
 from uni3d.training.fake_score_law import SHARED_LAW, FakeScoreLaw
 from uni3d.training.guidance import GuidanceLosses, RealLatents, ScoreDistillation
 from uni3d.training.stack_optimiser import StackOptimiser
@@ -267,7 +267,7 @@ class DistillerStack:
     ) -> GuidanceLosses:
         """All losses of one step, each [S]; arguments as `ScoreDistillation.losses`, scene by scene."""
         assert self._guidance is not None, "prepare() or load_state_dict() comes first"
-        losses = self._guidance.losses(
+        return self._guidance.losses(
             images,
             conditioning,
             view_words,
@@ -276,7 +276,6 @@ class DistillerStack:
             generator=self.generators,
             train_student=train_student,
         )
-        return _each(losses) if self.num_scenes == 1 else losses
 
     def follow(self, recipe: Recipe) -> None:
         """Move the students by `recipe` from now on; it may need no part that this was built without."""
@@ -289,16 +288,17 @@ class DistillerStack:
         if self.fake_optimiser is not None:
             self.fake_optimiser.set_learning_rates({"fake_score": rate})
 
-    def train(self, losses: GuidanceLosses, *, again: Callable[[], GuidanceLosses]) -> list[bool]:
+    def train(self, losses: GuidanceLosses) -> list[bool]:
         """As `Distiller.train`; says for each scene whether all its updates were finite."""
         is_finite = [True] * self.num_scenes
-        for index in range(max(self.fake_score_updates, self.discriminator_updates)):
-            current = losses if index == 0 else again()
-            for loss, optimiser, num in (
-                (current.fake_score, self.fake_optimiser, self.fake_score_updates),
-                (current.discriminator, self.discriminator_optimiser, self.discriminator_updates),
+        for fake_loss, discriminator_loss in critic_updates(
+            losses, self.fake_score_updates, self.discriminator_updates
+        ):
+            for loss, optimiser in (
+                (fake_loss, self.fake_optimiser),
+                (discriminator_loss, self.discriminator_optimiser),
             ):
-                if index < num and loss is not None and optimiser is not None:
+                if loss is not None and optimiser is not None:
                     verdicts = optimiser.descend(loss, MAX_CRITIC_GRADIENT_NORM)
                     is_finite = [a and b for a, b in zip(is_finite, verdicts, strict=True)]
         return is_finite
@@ -352,14 +352,3 @@ def _by_scene(latents: RealLatents, num_scenes: int) -> list[RealLatents]:
 
 def _joined(parts: Sequence[RealLatents]) -> RealLatents:
     return RealLatents(*(torch.cat([part.state_dict()[name] for part in parts]) for name in _REAL_PARTS))
-
-
-def _each(losses: GuidanceLosses) -> GuidanceLosses:
-    """The scalars of a single scene as [1]."""
-
-    def each(loss: Tensor | None) -> Tensor | None:
-        return None if loss is None else loss[None]
-
-    student = losses.student[None]
-    statistics = {name: value[None] for name, value in losses.statistics.items()}
-    return GuidanceLosses(student, each(losses.fake_score), each(losses.discriminator), statistics)

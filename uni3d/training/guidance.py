@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -43,16 +43,19 @@ class GuidanceLosses:
     work.
 
     Attributes:
-        student: gradient flows to the images only.
+        student: gradient flows to the images only; here and below a scalar, or [S] for several scenes.
         fake_score: gradient flows to the fake score's parameters only.
         discriminator: gradient flows to the discriminator's parameters only.
+        again: `again(train_fake_score=..., train_discriminator=...)` gives those losses of the same images at
+            fresh noise.
         statistics: numbers for the log; 0-d tensors.
     """
 
     student: Tensor
-    fake_score: Tensor | None = None
-    discriminator: Tensor | None = None
-    statistics: dict[str, Tensor] = field(default_factory=dict)
+    fake_score: Tensor | None
+    discriminator: Tensor | None
+    again: Callable[..., GuidanceLosses]
+    statistics: dict[str, Tensor]
 
 
 class RealLatents:
@@ -140,14 +143,6 @@ class RealLatents:
         return {"latents": self.latents, "view_index": self.view_index, "conditioning": self.conditioning}
 
 
-class UnaskedTeacher(NamedTuple):
-    """In place of a `GuidedPrediction` where only the middle of the network is read, [B, F, h, w]."""
-
-    middle: Tensor
-    x0: None = None
-    negative: None = None
-
-
 class ScoreDistillation:
     """The Uni-Instruct family on latents of a teacher.
 
@@ -159,8 +154,9 @@ class ScoreDistillation:
         max_log_ratio: bound on the absolute log ratio.
         fake_law: how the fake score is trained.
         perp_neg: how strongly guidance keeps away from the prompt's other views (Perp-Neg); 0 leaves it out.
-        num_scenes: how many scenes the views of a batch belong to, in equal runs; with more than one, the
-            other parts are those of several scenes as well (`uni3d.training.distiller_stack`).
+        num_scenes: how many scenes the views of a batch belong to, in equal runs; the other parts are then
+            those of several scenes as well (`uni3d.training.distiller_stack`), and losses are [num_scenes].
+            None: a single one, whose losses are scalars.
     """
 
     def __init__(
@@ -176,7 +172,7 @@ class ScoreDistillation:
         max_log_ratio: float = 5.0,
         fake_law: FakeScoreLaw = SHARED_LAW,
         perp_neg: float = 0.0,
-        num_scenes: int = 1,
+        num_scenes: int | None = None,
     ) -> None:
         if recipe.needs_fake_score and fake_score is None:
             raise ValueError(f"recipe '{recipe.name}' trains a fake score; pass fake_score")
@@ -206,6 +202,8 @@ class ScoreDistillation:
         guidance_scale: float,
         generator: Streams,
         train_student: bool = True,
+        train_fake_score: bool = True,
+        train_discriminator: bool = True,
     ) -> GuidanceLosses:
         """All losses of one step for `images` [B, 3, H, W] in [0, 1] seen by cameras `conditioning` [B, K].
 
@@ -213,7 +211,8 @@ class ScoreDistillation:
             images: or latents of the teacher, [B, *teacher.latent_shape], which are taken as they are.
             noise_range: smallest and largest noise level, as fractions of the teacher's timesteps.
             generator: CPU generator of timesteps and noise; for several scenes one for each.
-            train_student: False computes the fake score's and the discriminator's losses only.
+            train_student, train_fake_score, train_discriminator: who learns; a pass that only the others
+                would read is not made.
         """
         with torch.set_grad_enabled(train_student):
             is_latent = images.shape[1:] == self.teacher.latent_shape
@@ -231,14 +230,16 @@ class ScoreDistillation:
         if self.recipe.noise == "inverted":
             x, interval_x0 = self._invert(x0.detach(), sigma, context, negative)
 
-        with torch.set_grad_enabled(through_networks and self.recipe.needs_teacher_jacobian):
-            guided = self._ask_teacher(x, sigma, context, negative, guidance_scale, view_words)
-        fake_x0, fake_loss = self._fake_score(
-            x, x0, sigma, context, conditioning, through_networks, generator
-        )
-        # What takes the fake score's place where none is trained.
-        stand_in = {"classifier": guided.negative, "interval": interval_x0}
-        features = guided.middle
+        guided = fake_x0 = fake_loss = features = None
+        if train_student and self.recipe.score_weight > 0:
+            with torch.set_grad_enabled(through_networks and self.recipe.needs_teacher_jacobian):
+                guided = self._ask_teacher(x, sigma, context, negative, guidance_scale, view_words)
+        if train_student or (train_fake_score and self.fake_law.is_shared):
+            fake_x0, fake_loss = self._fake_score(x, x0, sigma, context, conditioning, through_networks)
+        if train_fake_score and not self.fake_law.is_shared:
+            fake_loss = self._separate_fake_loss(x0.detach(), context, conditioning, generator)
+        if train_student or train_discriminator:
+            features = self._features(guided, x, sigma, context)
         log_ratio, adversarial_logits = self._ratio(features, x0, sigma, eps, context, train_student)
         statistics = {"sigma": self._mean(sigma).detach()}
         if log_ratio is not None:
@@ -247,11 +248,13 @@ class ScoreDistillation:
             statistics["fake_score_loss"] = fake_loss.detach()
 
         if train_student:
+            # What takes the fake score's place where none is trained.
+            stand_in = {"classifier": None if guided is None else guided.negative, "interval": interval_x0}
             per_sample = recipes.generator_loss(
                 self.recipe,
                 x0=x0,
                 sigma=sigma,
-                teacher_x0=guided.x0,
+                teacher_x0=None if guided is None else guided.x0,
                 fake_x0=stand_in.get(self.recipe.student, fake_x0),
                 log_ratio=log_ratio,
                 adversarial_logits=adversarial_logits,
@@ -261,16 +264,27 @@ class ScoreDistillation:
             statistics["student_loss"] = student.detach()
         else:
             student = torch.zeros_like(statistics["sigma"])
-        critic_loss = self._discriminator_loss(features.detach(), sigma, view_words, generator)
-        if critic_loss is not None:
+        critic_loss = None
+        if train_discriminator and features is not None:
+            critic_loss = self._discriminator_loss(features.detach(), sigma, view_words, generator)
             statistics["discriminator_loss"] = critic_loss.detach()
-        return GuidanceLosses(student, fake_loss, critic_loss, statistics)
+        again = partial(
+            self.losses,
+            encoded.detach(),
+            conditioning,
+            view_words,
+            noise_range=noise_range,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            train_student=False,
+        )
+        return GuidanceLosses(student, fake_loss, critic_loss, again, statistics)
 
     # ------------------------------------------------------------------ parts
 
     def _mean(self, per_sample: Tensor) -> Tensor:
-        """Mean of [B] over the views of each scene, [S]; a scalar for a single one."""
-        if self.num_scenes == 1:
+        """Mean of [B] over the views of each scene, [S]; a scalar where scenes are not told apart."""
+        if self.num_scenes is None:
             return per_sample.mean()
         return per_sample.view(self.num_scenes, -1).mean(dim=1)
 
@@ -290,11 +304,7 @@ class ScoreDistillation:
         negative: Tensor,
         guidance_scale: float,
         view_words: Sequence[str],
-    ) -> GuidedPrediction | UnaskedTeacher:
-        """The guided prediction, or the middle of the network alone where no score enters the loss."""
-        if self.recipe.score_weight == 0:
-            with torch.no_grad():
-                return UnaskedTeacher(self.teacher.middle_features(x, sigma, context))
+    ) -> GuidedPrediction:
         return self.teacher.predict_guided_x0(
             x,
             sigma,
@@ -304,6 +314,18 @@ class ScoreDistillation:
             repelled=self.contexts.repelled(view_words, self.perp_neg) if self.perp_neg > 0 else (),
             needs_negative=self.recipe.needs_negative,
         )
+
+    def _features(
+        self, guided: GuidedPrediction | None, x: Tensor, sigma: Tensor, context: Tensor
+    ) -> Tensor | None:
+        """What a discriminator reads of x: the middle of the guided pass, or of half a pass where no score
+        was asked for; None without one."""
+        if self.discriminator is None:
+            return None
+        if guided is not None:
+            return guided.middle
+        with torch.no_grad():
+            return self.teacher.middle_features(x, sigma, context)
 
     def _invert(self, x0: Tensor, sigma: Tensor, context: Tensor, negative: Tensor) -> Inversion:
         """Carry x0 up to sigma [B] by the recipe's inversion, in equal steps of the teacher's timesteps."""
@@ -327,45 +349,59 @@ class ScoreDistillation:
         context: Tensor,
         conditioning: Tensor,
         through_networks: bool,
-        generator: Streams,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The fake x0-prediction for the student (None where none is trained) and the fake score's own loss,
-        of the same pass unless the law of its training is another."""
+        """The fake x0-prediction for the student, and of the same pass the fake score's own loss, unless the
+        law of its training is another; None where no fake score is trained."""
         if self.fake_score is None:
             return None, None
-        if not self.fake_law.reads_view:
-            context = self.contexts.without_view(conditioning)
         is_attached = through_networks and self.recipe.needs_fake_jacobian
-        if not self.fake_law.is_shared:
-            with torch.set_grad_enabled(is_attached):
-                prediction = self.fake_score.predict_x0(x, sigma, context, conditioning)
-            return prediction, self._separate_fake_loss(x0.detach(), context, conditioning, generator)
-        prediction = self.fake_score.predict_x0(
-            x if is_attached else x.detach(), sigma, context, conditioning
-        )
-        loss = self._mean(denoising_loss(prediction, x0, sigma, weighting=self.fake_law.weighting))
+        with torch.set_grad_enabled(is_attached or self.fake_law.is_shared):
+            prediction = self.fake_score.predict_x0(
+                x if is_attached else x.detach(),
+                sigma,
+                self._fake_context(context, conditioning),
+                conditioning,
+            )
+        loss = None
+        if self.fake_law.is_shared:
+            loss = self._mean(denoising_loss(prediction, x0, sigma, weighting=self.fake_law.weighting))
         return (prediction if is_attached else prediction.detach()), loss
 
     def _separate_fake_loss(
         self, x0: Tensor, context: Tensor, conditioning: Tensor, generator: Streams
-    ) -> Tensor:
+    ) -> Tensor | None:
         """The fake score's loss at its own noise level, fresh noise, and now and then without the camera."""
-        assert self.fake_score is not None
+        if self.fake_score is None:
+            return None
         law = self.fake_law
         sigma = self._draw_sigma(law.noise_range or (0.0, 1.0), x0.shape[0], generator).to(x0.device)
         eps = normal(x0.shape, generator).to(x0)
         is_known = (uniform(x0.shape[:1], generator) >= law.camera_dropout).to(x0.device)
         prediction = self.fake_score.predict_x0(
-            x0 + sigma[:, None, None, None] * eps, sigma, context, conditioning, knows_camera=is_known
+            x0 + sigma[:, None, None, None] * eps,
+            sigma,
+            self._fake_context(context, conditioning),
+            conditioning,
+            knows_camera=is_known,
         )
         return self._mean(denoising_loss(prediction, x0, sigma, weighting=law.weighting))
 
+    def _fake_context(self, context: Tensor, conditioning: Tensor) -> Tensor:
+        """The prompt as the fake score reads it, which may not name the view."""
+        return context if self.fake_law.reads_view else self.contexts.without_view(conditioning)
+
     def _ratio(
-        self, features: Tensor, x0: Tensor, sigma: Tensor, eps: Tensor, context: Tensor, train_student: bool
+        self,
+        features: Tensor | None,
+        x0: Tensor,
+        sigma: Tensor,
+        eps: Tensor,
+        context: Tensor,
+        train_student: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """log(q_t / p_t) per sample, and the logits of the GAN term attached to x0 when the recipe has
         one."""
-        if self.discriminator is None:
+        if self.discriminator is None or features is None:
             return None, None
         adversarial = train_student and self.recipe.adversarial_weight > 0
         is_attached = adversarial or (train_student and self.recipe.needs_ratio_gradient)
@@ -379,10 +415,10 @@ class ScoreDistillation:
         return log_ratio, (logits if adversarial else None)
 
     def _discriminator_loss(
-        self, rendered_features: Tensor, sigma: Tensor, view_words: Sequence[str], generator: Streams
-    ) -> Tensor | None:
-        if self.discriminator is None or self.real_latents is None:
-            return None
+        self, features: Tensor, sigma: Tensor, view_words: Sequence[str], generator: Streams
+    ) -> Tensor:
+        """The loss of telling teacher samples from what was rendered, whose `features` hold no graph."""
+        assert self.discriminator is not None and self.real_latents is not None
         real, conditioning = self.real_latents.pick(
             view_words, generator, views_per_group=self.teacher.views_per_group
         )
@@ -393,7 +429,7 @@ class ScoreDistillation:
                 real + sigma[:, None, None, None] * noise, sigma, context
             )
         # In pairs, so that the rows stay scene by scene.
-        pairs = torch.stack([real_features, rendered_features], dim=1).flatten(0, 1)
+        pairs = torch.stack([real_features, features], dim=1).flatten(0, 1)
         logits = self.discriminator(pairs, sigma.repeat_interleave(2)).unflatten(0, (-1, 2))
         return self._mean(discriminator_loss(logits[:, 0], logits[:, 1]))
 
