@@ -16,8 +16,8 @@ MAX_LINES = 600
 # Light modules that any room but `losses` may use; of them only device_clock knows torch.
 PLAIN = {"errors", "resources", "device_clock"}
 ATOMIC_WRITE = {"training.checkpoint"}
-# Torch alone: what lets several scenes share one pass.
-STACKS = {"random_streams", "parameter_stack"}
+# Torch alone: what lets several scenes share one pass, and a GPU draw without being waited for.
+STACKS = {"random_streams", "parameter_stack", "device_draws"}
 
 # Room or module -> what of uni3d it may import, "losses" standing for everything below uni3d.losses.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -75,6 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # The plain layer: settings and checks, standard library and YAML only.
     "random_streams": set(),
+    "device_draws": {"random_streams"},
     "device_clock": set(),
     "parameter_stack": set(),
     "errors": set(),

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from uni3d.config import CamerasConfig, GuidanceConfig, RendererConfig, TextTo3DConfig
 from uni3d.config_values import Schedule, value_at
+from uni3d.device_draws import to_device
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.diffusion.prompt import PromptContexts
 from uni3d.errors import ConfigError, UsageError
@@ -37,7 +38,6 @@ from uni3d.scene.backends import (
 )
 from uni3d.scene.backgrounds import random_backgrounds, random_greys
 from uni3d.scene.camera import Cameras, sample_orbit_cameras
-from uni3d.scene.device_draws import to_device
 from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.radiance_field import RadianceField
 from uni3d.scene.regularisers import opacity_entropy, opacity_sparsity, total_variation

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from no_waiting import QueuedCopies
 
 from uni3d.benchmark.budgets import PassCounter, Passes
 from uni3d.diffusion.discriminator import DiscriminatorHead
@@ -33,15 +34,17 @@ class Step:
     def __init__(self, teacher: LatentDiffusionTeacher) -> None:
         generator = torch.Generator().manual_seed(0)
         self.teacher = teacher
+        device = teacher.device
         self.contexts = PromptContexts.encode(teacher, "a red chair")
         self.fake = LoRAFakeScore(teacher, rank=2, generator=generator)
-        self.head = DiscriminatorHead(teacher.feature_channels, generator=generator)
+        self.head = DiscriminatorHead(teacher.feature_channels, generator=generator).to(device)
         with torch.no_grad():
             for parameter in [*self.fake.parameters(), *self.head.parameters()]:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(device))
         latents = torch.randn(4, *teacher.latent_shape, generator=generator)
-        self.real = RealLatents(latents, torch.tensor([0, 1, 2, 3]), CAMERAS.repeat(2, 1))
-        self.images = torch.rand(2, 3, teacher.image_size, teacher.image_size, generator=generator)
+        self.real = RealLatents(latents.to(device), torch.tensor([0, 1, 2, 3]), CAMERAS.repeat(2, 1))
+        size = teacher.image_size
+        self.images = torch.rand(2, 3, size, size, generator=generator).to(device)
 
     def losses(self, recipe: recipes.Recipe, *, train_student: bool = True, **options: Any) -> GuidanceLosses:
         self.images = self.images.detach().requires_grad_()
@@ -112,6 +115,22 @@ def test_critics_that_learn_alone_ask_no_teacher(step: Step, law: FakeScoreLaw) 
     with PassCounter(step.teacher) as counter:  # while the student waits
         step.losses(recipe, fake_law=law, train_student=False)
     assert counter.passes == Passes(**fake, **discriminator)
+
+
+def test_a_gpu_is_not_waited_for(tiny_teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is drawn or chosen on the CPU goes over by queued copies; meta tensors have no values to wait
+    for."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    step = Step(LatentDiffusionTeacher.from_pretrained(tiny_teacher_folder, device="meta"))
+    recipe = recipes.get("uni_instruct", divergence="js")
+    law = FakeScoreLaw(camera_dropout=0.5, reads_view=False)
+    step.losses(recipe, fake_law=law)  # fills tables that are kept
+    with QueuedCopies():
+        losses = step.losses(recipe, fake_law=law, perp_neg=1.0)
+        losses.again(train_fake_score=True, train_discriminator=True)
+    assert losses.student.device.type == "meta"
+    with pytest.raises(AssertionError, match="waited for"), QueuedCopies():
+        CAMERAS.to("meta")
 
 
 def test_jacobians_change_the_gradient_one_by_one(step: Step) -> None:

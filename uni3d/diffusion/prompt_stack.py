@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from uni3d.device_draws import to_device
 from uni3d.diffusion.latent_teacher import Repelled
 from uni3d.diffusion.prompt import VIEW_WORDS, PromptContexts
 
@@ -34,7 +35,7 @@ class PromptStack:
             position // views_per_scene * len(VIEW_WORDS) + VIEW_WORDS.index(word)
             for position, word in enumerate(view_words)
         ]
-        context = self._by_view[torch.tensor(row).to(self._by_view.device)]
+        context = self._by_view[to_device(torch.tensor(row), self._by_view.device)]
         return self.teacher.with_camera(context, conditioning) if self.use_camera else context
 
     def without_view(self, conditioning: Tensor) -> Tensor:

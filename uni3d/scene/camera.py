@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from uni3d.scene.device_draws import to_device
+from uni3d.device_draws import to_device
 
 DEFAULT_FOV_Y_DEG = 40.0
 DEFAULT_RADIUS = 2.4

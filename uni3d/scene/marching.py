@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from uni3d.device_draws import uniform
 from uni3d.random_streams import SharedStream
-from uni3d.scene.device_draws import uniform
 from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.packed import Segments, exclusive_sum
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from uni3d.scene.device_draws import uniform
+from uni3d.device_draws import uniform
 
 
 class DensityField(Protocol):

@@ -118,9 +118,7 @@ class RealLatentsStack(RealLatents):
                 for scene, one in enumerate(self.scenes)
             ]
         )
-        return self.latents[index.to(self.latents.device)], self.conditioning[
-            index.to(self.conditioning.device)
-        ]
+        return self.rows(index)
 
 
 _REAL_PARTS = ("latents", "view_index", "conditioning")

@@ -22,6 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from uni3d.device_draws import to_device
 from uni3d.diffusion.discriminator import DiscriminatorHead
 from uni3d.diffusion.inversion import Inversion, ddim_inversion
 from uni3d.diffusion.latent_teacher import GuidedPrediction, LatentDiffusionTeacher
@@ -68,8 +69,8 @@ class RealLatents:
 
     def __init__(self, latents: Tensor, view_index: Tensor, conditioning: Tensor) -> None:
         self.latents = latents
-        self.view_index = view_index
-        self.conditioning = conditioning
+        self.view_index = view_index.cpu()  # the host chooses by it
+        self.conditioning = to_device(conditioning, latents.device)
 
     @classmethod
     def draw(
@@ -115,9 +116,12 @@ class RealLatents:
         """
         assert isinstance(generator, torch.Generator | SharedStream)
         index = self.choose(view_words, generator, views_per_group=views_per_group)
-        return self.latents[index.to(self.latents.device)], self.conditioning[
-            index.to(self.conditioning.device)
-        ]
+        return self.rows(index)
+
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents and conditioning of samples `index`, int64 [B] on the CPU."""
+        index = to_device(index, self.latents.device)
+        return self.latents[index], self.conditioning[index]
 
     def choose(
         self,
@@ -218,8 +222,9 @@ class ScoreDistillation:
             is_latent = images.shape[1:] == self.teacher.latent_shape
             encoded = images if is_latent else self.teacher.encode_images(images)
         x0 = encoded.detach().requires_grad_(train_student)
-        sigma = self._draw_sigma(noise_range, x0.shape[0], generator).to(x0.device)
-        eps = normal(x0.shape, generator).to(x0)
+        conditioning = to_device(conditioning, x0.device)
+        sigma = self._draw_sigma(noise_range, x0.shape[0], generator)
+        eps = _noise_like(x0, generator)
         context = self.contexts.conditional(view_words, conditioning)
         negative = self.contexts.unconditional(x0.shape[0])
         through_networks = train_student and (
@@ -293,7 +298,7 @@ class ScoreDistillation:
         low, high = noise_range
         group = self.teacher.views_per_group
         fraction = low + (high - low) * uniform((num // group,), generator)
-        timestep = (fraction * last).to(self.teacher.device)
+        timestep = to_device(fraction * last, self.teacher.device)
         return self.teacher.schedule.sigma(timestep).repeat_interleave(group)
 
     def _ask_teacher(
@@ -374,9 +379,9 @@ class ScoreDistillation:
         if self.fake_score is None:
             return None
         law = self.fake_law
-        sigma = self._draw_sigma(law.noise_range or (0.0, 1.0), x0.shape[0], generator).to(x0.device)
-        eps = normal(x0.shape, generator).to(x0)
-        is_known = (uniform(x0.shape[:1], generator) >= law.camera_dropout).to(x0.device)
+        sigma = self._draw_sigma(law.noise_range or (0.0, 1.0), x0.shape[0], generator)
+        eps = _noise_like(x0, generator)
+        is_known = to_device(uniform(x0.shape[:1], generator) >= law.camera_dropout, x0.device)
         prediction = self.fake_score.predict_x0(
             x0 + sigma[:, None, None, None] * eps,
             sigma,
@@ -422,7 +427,7 @@ class ScoreDistillation:
         real, conditioning = self.real_latents.pick(
             view_words, generator, views_per_group=self.teacher.views_per_group
         )
-        noise = normal(real.shape, generator).to(real)
+        noise = _noise_like(real, generator)
         context = self.contexts.conditional(view_words, conditioning)
         with torch.no_grad():
             real_features = self.teacher.middle_features(
@@ -432,6 +437,11 @@ class ScoreDistillation:
         pairs = torch.stack([real_features, features], dim=1).flatten(0, 1)
         logits = self.discriminator(pairs, sigma.repeat_interleave(2)).unflatten(0, (-1, 2))
         return self._mean(discriminator_loss(logits[:, 0], logits[:, 1]))
+
+
+def _noise_like(latents: Tensor, generator: Streams) -> Tensor:
+    """Standard normal numbers in the shape, type and place of `latents`, drawn where the generators are."""
+    return to_device(normal(latents.shape, generator), latents.device).to(latents.dtype)
 
 
 def _carried_on(per_sample: Tensor, latents: Tensor, encoded: Tensor) -> Tensor:

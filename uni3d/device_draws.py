@@ -32,6 +32,6 @@ def uniform(*shape: int, generator: torch.Generator | SharedStream, device: torc
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """`tensor` on `device`; from the CPU to a GPU the copy is queued and the host goes on."""
     target = torch.device(device)
-    if target.type == "cuda" and tensor.device.type == "cpu":
+    if tensor.device.type == "cpu" and target.type != "cpu":
         return tensor.pin_memory().to(target, non_blocking=True)
     return tensor.to(target)
