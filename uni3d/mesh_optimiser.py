@@ -34,6 +34,7 @@ from uni3d.scene_optimiser import (
     StepReport,
     build_distiller,
     noise_and_scale,
+    num_warmup_steps,
     resolve_recipe,
     training_backgrounds,
     training_cameras,
@@ -267,8 +268,7 @@ class MeshOptimiser:
         """Make new networks, and draw the teacher samples that they need or take over those of another stage;
         once, before the first step. `before_step` as in `SceneOptimiser.prepare`."""
         self._distiller = self._build_distiller()
-        if self.distiller.recipe.needs_fake_score:
-            self.num_warmup_steps = min(self.config.fake_score.warmup_steps, self.num_steps // 10)
+        self.num_warmup_steps = num_warmup_steps(self.config, self.distiller.recipe, self.num_steps)
         settings = self.config.discriminator
         num_samples = settings.num_real_samples if self.distiller.recipe.needs_discriminator else 0
         cameras = self._sample_cameras(0 if real_latents is not None else num_samples)

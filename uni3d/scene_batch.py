@@ -18,7 +18,6 @@ from torch import Tensor
 from uni3d.config import TextTo3DConfig
 from uni3d.config_values import Schedule, value_at
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
-from uni3d.diffusion.prompt import PromptContexts
 from uni3d.scene.camera import Cameras
 from uni3d.scene.field_stack import FieldStack, total_variation_each
 from uni3d.scene.occupancy import OccupancyGrid
@@ -29,9 +28,11 @@ from uni3d.scene.stack_renderer import OccupancyStack, render_stack, through_ima
 from uni3d.scene_optimiser import (
     SceneOptimiser,
     check_groups,
-    fake_score_law,
+    critic_settings,
     most_demanding_recipe,
     noise_and_scale,
+    num_warmup_steps,
+    prompt_contexts,
     stage_recipe,
     training_backgrounds,
     training_cameras,
@@ -73,7 +74,12 @@ class SceneBatch:
             else [torch.Generator(self.device).manual_seed(scene.seed) for scene in scenes]
         )
         self._build_fields()
-        self.distiller = self._build_distiller()
+        self.distiller = DistillerStack(
+            [prompt_contexts(config, teacher, scene.prompt) for scene in self.scenes],
+            most_demanding_recipe(config),
+            critic_settings(config),
+            generators=self.generators,
+        )
         self._scene_of_view = torch.arange(len(self.scenes), device=self.device).repeat_interleave(
             config.guidance.views_per_step
         )
@@ -96,33 +102,6 @@ class SceneBatch:
         self.occupancy = OccupancyStack(len(self.scenes), grid)
         self.field_optimiser = StackOptimiser(
             self.fields.parameter_groups, torch.optim.Adam, lr=1.0, betas=(0.9, 0.99), eps=1e-15
-        )
-
-    def _build_distiller(self) -> DistillerStack:
-        config = self.config
-        contexts = [
-            PromptContexts.encode(
-                self.teacher,
-                scene.prompt,
-                config.negative_prompt,
-                use_view_words=config.guidance.view_prompts,
-                use_camera=config.guidance.camera_token,
-            )
-            for scene in self.scenes
-        ]
-        return DistillerStack(
-            contexts,
-            most_demanding_recipe(config),
-            generators=self.generators,
-            lora_rank=config.fake_score.lora_rank,
-            fake_score_learning_rate=self._value(config.fake_score.learning_rate),
-            fake_score_updates=config.fake_score.updates_per_step,
-            fake_score_weight_decay=config.fake_score.weight_decay,
-            fake_law=fake_score_law(config),
-            perp_neg=config.guidance.perp_neg,
-            discriminator_learning_rate=config.discriminator.learning_rate,
-            discriminator_updates=config.discriminator.updates_per_step,
-            max_log_ratio=config.discriminator.max_log_ratio,
         )
 
     def prepare(self, *, before_step: Callable[[], object] | None = None) -> None:
@@ -171,8 +150,7 @@ class SceneBatch:
 
     @property
     def _is_warming_up(self) -> bool:
-        wait = min(self.config.fake_score.warmup_steps, self.config.steps // 10)
-        return self.distiller.recipe.needs_fake_score and self.step_index < wait
+        return self.step_index < num_warmup_steps(self.config, self.distiller.recipe, self.config.steps)
 
     def _follow_schedules(self) -> None:
         self.distiller.follow(stage_recipe(self.config, self.progress))

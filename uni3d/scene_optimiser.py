@@ -44,7 +44,7 @@ from uni3d.scene.regularisers import opacity_entropy, opacity_sparsity, total_va
 from uni3d.scene.renderer import RenderOutput
 from uni3d.stages_config import StageGuidanceConfig
 from uni3d.training.descent import descend
-from uni3d.training.distiller import Distiller
+from uni3d.training.distiller import CriticSettings, Distiller
 from uni3d.training.fake_score_law import FakeScoreLaw
 from uni3d.training.processes import Processes
 
@@ -208,9 +208,8 @@ class SceneOptimiser:
 
     @property
     def _is_warming_up(self) -> bool:
-        """Whether the field still waits for the fake score: never for more than a tenth of the run."""
-        wait = min(self.config.fake_score.warmup_steps, self.config.steps // 10)
-        return self.distiller.recipe.needs_fake_score and self.step_index < wait
+        """Whether the field still waits for the fake score."""
+        return self.step_index < num_warmup_steps(self.config, self.distiller.recipe, self.config.steps)
 
     def _view(self) -> tuple[View, RenderOutput]:
         """What this step looks at, rendered."""
@@ -366,14 +365,24 @@ def _warn_of_voxel_terms(config: TextTo3DConfig) -> None:
         )
 
 
-def fake_score_law(config: TextTo3DConfig) -> FakeScoreLaw:
-    """How the fake score of `config` is trained."""
-    fake = config.fake_score
-    return FakeScoreLaw(
-        weighting=fake.weighting,
-        noise_range=fake.noise_range,
-        camera_dropout=fake.camera_dropout,
-        reads_view=fake.view_prompts,
+def critic_settings(config: TextTo3DConfig) -> CriticSettings:
+    """How `config` has the fake score and the discriminator built and trained."""
+    fake, discriminator = config.fake_score, config.discriminator
+    return CriticSettings(
+        lora_rank=fake.lora_rank,
+        fake_score_learning_rate=value_at(fake.learning_rate, 0.0),
+        fake_score_weight_decay=fake.weight_decay,
+        fake_score_updates=fake.updates_per_step,
+        fake_law=FakeScoreLaw(
+            weighting=fake.weighting,
+            noise_range=fake.noise_range,
+            camera_dropout=fake.camera_dropout,
+            reads_view=fake.view_prompts,
+        ),
+        discriminator_learning_rate=discriminator.learning_rate,
+        discriminator_updates=discriminator.updates_per_step,
+        max_log_ratio=discriminator.max_log_ratio,
+        perp_neg=config.guidance.perp_neg,
     )
 
 
@@ -399,31 +408,32 @@ def build_distiller(
     processes: Processes = Processes(),  # noqa: B008 - frozen
 ) -> Distiller:
     """The `Distiller` that `config` describes, for any student; draws from and keeps `generator`."""
-    contexts = PromptContexts.encode(
+    return Distiller(
         teacher,
-        config.prompt,
+        prompt_contexts(config, teacher, config.prompt),
+        most_demanding_recipe(config),
+        critic_settings(config),
+        fake_base=fake_base,
+        fake_camera=config.fake_score.camera,
+        generator=generator,
+        processes=processes,
+    )
+
+
+def prompt_contexts(config: TextTo3DConfig, teacher: LatentDiffusionTeacher, prompt: str) -> PromptContexts:
+    """`prompt` as the teacher reads it under the other settings of `config`."""
+    return PromptContexts.encode(
+        teacher,
+        prompt,
         config.negative_prompt,
         use_view_words=config.guidance.view_prompts,
         use_camera=config.guidance.camera_token,
     )
-    fake = config.fake_score
-    return Distiller(
-        teacher,
-        contexts,
-        most_demanding_recipe(config),
-        lora_rank=fake.lora_rank,
-        fake_score_updates=fake.updates_per_step,
-        fake_score_weight_decay=fake.weight_decay,
-        fake_base=fake_base,
-        fake_camera=fake.camera,
-        fake_law=fake_score_law(config),
-        perp_neg=config.guidance.perp_neg,
-        discriminator_learning_rate=config.discriminator.learning_rate,
-        discriminator_updates=config.discriminator.updates_per_step,
-        max_log_ratio=config.discriminator.max_log_ratio,
-        generator=generator,
-        processes=processes,
-    )
+
+
+def num_warmup_steps(config: TextTo3DConfig, recipe: recipes.Recipe, num_steps: int) -> int:
+    """How long a student waits for a new fake score: at most a tenth of its run or stage of `num_steps`."""
+    return min(config.fake_score.warmup_steps, num_steps // 10) if recipe.needs_fake_score else 0
 
 
 def training_cameras(settings: CamerasConfig, num: int, generator: torch.Generator) -> Cameras:

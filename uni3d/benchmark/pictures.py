@@ -21,6 +21,7 @@ from uni3d.scene_optimiser import (
     StepReport,
     build_distiller,
     noise_and_scale,
+    num_warmup_steps,
     stage_recipe,
 )
 from uni3d.training.descent import descend
@@ -93,8 +94,7 @@ class PictureOptimiser:
 
     @property
     def _is_warming_up(self) -> bool:
-        wait = min(self.config.fake_score.warmup_steps, self.config.steps // 10)
-        return self.distiller.recipe.needs_fake_score and self.step_index < wait
+        return self.step_index < num_warmup_steps(self.config, self.distiller.recipe, self.config.steps)
 
     def _noise(self) -> dict[str, Any]:
         return noise_and_scale(self.config.guidance, self._progress)

@@ -11,6 +11,7 @@ and keeps its own fake score and discriminator up with what the student makes no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,6 +63,31 @@ def critic_updates(
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CriticSettings:
+    """How the fake score and the discriminator are built, learn and are listened to.
+
+    Attributes:
+        lora_rank: of the fake score.
+        fake_score_learning_rate, discriminator_learning_rate: of their AdamW.
+        fake_score_weight_decay: of its AdamW.
+        fake_score_updates, discriminator_updates: of each for one step of the student.
+        fake_law: how the fake score is trained.
+        max_log_ratio: bound on the absolute log density ratio.
+        perp_neg: see `ScoreDistillation`.
+    """
+
+    lora_rank: int = 8
+    fake_score_learning_rate: float = 1e-3
+    fake_score_weight_decay: float = 0.0
+    fake_score_updates: int = 1
+    fake_law: FakeScoreLaw = SHARED_LAW
+    discriminator_learning_rate: float = 1e-3
+    discriminator_updates: int = 1
+    max_log_ratio: float = 5.0
+    perp_neg: float = 0.0
+
+
 class Distiller:
     """Teacher, fake score and discriminator of one prompt, with the optimisers of the latter two.
 
@@ -69,15 +95,9 @@ class Distiller:
         teacher: frozen; its network receives the LoRA adapters of the fake score, see `close`.
         contexts: the prompt as `teacher` reads it.
         recipe: which member of the family; parts that it does not need are not built.
-        lora_rank: of the fake score.
-        fake_score_learning_rate, discriminator_learning_rate: of their AdamW.
-        fake_score_updates, discriminator_updates: of each for one step of the student.
-        max_log_ratio: bound on the absolute log density ratio.
+        settings: of the fake score and the discriminator.
         fake_base: another model whose network carries the fake score; None: the teacher's own.
         fake_camera: how the fake score is told the camera, see `LoRAFakeScore`.
-        fake_law: how it is trained.
-        fake_score_weight_decay: of its AdamW.
-        perp_neg: see `ScoreDistillation`.
         generator: CPU generator of initial weights, teacher samples and noise; shared with the caller, and
             its state is the caller's to save.
         processes: that see a share of the views each, with equal copies of everything else, and learn
@@ -91,18 +111,10 @@ class Distiller:
         teacher: LatentDiffusionTeacher,
         contexts: PromptContexts,
         recipe: Recipe,
+        settings: CriticSettings,
         *,
-        lora_rank: int = 8,
-        fake_score_learning_rate: float = 1e-3,
-        fake_score_updates: int = 1,
-        discriminator_learning_rate: float = 1e-3,
-        discriminator_updates: int = 1,
-        max_log_ratio: float = 5.0,
         fake_base: LatentDiffusionTeacher | None = None,
         fake_camera: CameraInput = "conditioning",
-        fake_law: FakeScoreLaw = SHARED_LAW,
-        fake_score_weight_decay: float = 0.0,
-        perp_neg: float = 0.0,
         generator: torch.Generator,
         processes: Processes = Processes(),  # noqa: B008 - frozen
     ) -> None:
@@ -111,27 +123,25 @@ class Distiller:
         self.contexts = contexts
         self.recipe = recipe
         self.student_recipe = recipe
-        self.max_log_ratio = max_log_ratio
-        self.fake_law = fake_law
-        self.perp_neg = perp_neg
+        self.settings = settings
         self.generator = generator
-        self.fake_score_updates = fake_score_updates
-        self.discriminator_updates = discriminator_updates
         self.fake_score: LoRAFakeScore | None = None
         self.fake_optimiser: torch.optim.Optimizer | None = None
         if recipe.needs_fake_score:
             if fake_base is not None:
                 check_fake_base(teacher, fake_base)
             self.fake_score = LoRAFakeScore(
-                fake_base or teacher, rank=lora_rank, camera_input=fake_camera, generator=generator
+                fake_base or teacher,
+                rank=settings.lora_rank,
+                camera_input=fake_camera,
+                generator=generator,
             )
             self.fake_optimiser = torch.optim.AdamW(
                 self.fake_score.parameters(),
-                lr=fake_score_learning_rate,
-                weight_decay=fake_score_weight_decay,
+                lr=settings.fake_score_learning_rate,
+                weight_decay=settings.fake_score_weight_decay,
                 fused=True,
             )
-        self._discriminator_learning_rate = discriminator_learning_rate
         self.discriminator: DiscriminatorHead | None = None
         self.discriminator_optimiser: torch.optim.Optimizer | None = None
         self.normaliser: RatioNormaliser | None = None
@@ -198,7 +208,7 @@ class Distiller:
         self.normaliser = SharedRatioNormaliser(self.processes).to(device)
         self.discriminator_optimiser = torch.optim.AdamW(
             self.discriminator.parameters(),
-            lr=self._discriminator_learning_rate,
+            lr=self.settings.discriminator_learning_rate,
             betas=(0.0, 0.99),
             fused=True,
         )
@@ -212,9 +222,9 @@ class Distiller:
             discriminator=self.discriminator,
             normaliser=self.normaliser,
             real_latents=self.real_latents,
-            max_log_ratio=self.max_log_ratio,
-            fake_law=self.fake_law,
-            perp_neg=self.perp_neg,
+            max_log_ratio=self.settings.max_log_ratio,
+            fake_law=self.settings.fake_law,
+            perp_neg=self.settings.perp_neg,
         )
         self._guidance.recipe = self.student_recipe
 
@@ -259,8 +269,8 @@ class Distiller:
         Returns a bool scalar on the device, false if one of the updates was not finite; such an update moves
         nothing.
         """
-        num_fake = self.fake_score_updates if self.fake_score is not None else 0
-        num_discriminator = self.discriminator_updates if self.discriminator is not None else 0
+        num_fake = self.settings.fake_score_updates if self.fake_score is not None else 0
+        num_discriminator = self.settings.discriminator_updates if self.discriminator is not None else 0
         is_finite = torch.ones((), dtype=torch.bool, device=self.teacher.device)
         for fake_loss, discriminator_loss in critic_updates(losses, num_fake, num_discriminator):
             if fake_loss is not None:

@@ -23,8 +23,7 @@ from uni3d.losses.discriminator import RatioNormaliser
 from uni3d.losses.recipes import Recipe
 from uni3d.parameter_stack import ParameterStack
 from uni3d.random_streams import SharedStream, Streams
-from uni3d.training.distiller import MAX_CRITIC_GRADIENT_NORM, critic_updates
-from uni3d.training.fake_score_law import SHARED_LAW, FakeScoreLaw
+from uni3d.training.distiller import MAX_CRITIC_GRADIENT_NORM, CriticSettings, critic_updates
 from uni3d.training.guidance import GuidanceLosses, RealLatents, ScoreDistillation
 from uni3d.training.stack_optimiser import StackOptimiser
 
@@ -137,38 +136,27 @@ class DistillerStack:
         self,
         contexts: Sequence[PromptContexts],
         recipe: Recipe,
+        settings: CriticSettings,
         *,
         generators: Sequence[torch.Generator],
-        lora_rank: int,
-        fake_score_learning_rate: float,
-        fake_score_updates: int,
-        fake_score_weight_decay: float = 0.0,
-        fake_law: FakeScoreLaw = SHARED_LAW,
-        perp_neg: float = 0.0,
-        discriminator_learning_rate: float,
-        discriminator_updates: int,
-        max_log_ratio: float,
     ) -> None:
         self.contexts = PromptStack(contexts)
         self.teacher = self.contexts.teacher
         self.recipe = self.student_recipe = recipe
         self.generators = list(generators)
         self.num_scenes = len(self.generators)
-        self.max_log_ratio = max_log_ratio
-        self.fake_law = fake_law
-        self.perp_neg = perp_neg
-        self.fake_score_updates = fake_score_updates if recipe.needs_fake_score else 0
-        self.discriminator_updates = discriminator_updates if recipe.needs_discriminator else 0
-        self._discriminator_learning_rate = discriminator_learning_rate
+        self.settings = settings
         self.fake_score: LoRAFakeScoreStack | None = None
         self.fake_optimiser: StackOptimiser | None = None
         if recipe.needs_fake_score:
-            self.fake_score = LoRAFakeScoreStack(self.teacher, rank=lora_rank, generators=self.generators)
+            self.fake_score = LoRAFakeScoreStack(
+                self.teacher, rank=settings.lora_rank, generators=self.generators
+            )
             self.fake_optimiser = StackOptimiser(
                 {"fake_score": [self.fake_score.stack]},
                 torch.optim.AdamW,
-                lr=fake_score_learning_rate,
-                weight_decay=fake_score_weight_decay,
+                lr=settings.fake_score_learning_rate,
+                weight_decay=settings.fake_score_weight_decay,
             )
         self.discriminator: DiscriminatorStack | None = None
         self.discriminator_optimiser: StackOptimiser | None = None
@@ -233,7 +221,7 @@ class DistillerStack:
         self.discriminator_optimiser = StackOptimiser(
             {"discriminator": [self.discriminator.stack]},
             torch.optim.AdamW,
-            lr=self._discriminator_learning_rate,
+            lr=self.settings.discriminator_learning_rate,
             betas=(0.0, 0.99),
         )
 
@@ -246,9 +234,9 @@ class DistillerStack:
             discriminator=self.discriminator,  # type: ignore[arg-type]
             normaliser=self.normaliser,
             real_latents=self.real_latents,
-            max_log_ratio=self.max_log_ratio,
-            fake_law=self.fake_law,
-            perp_neg=self.perp_neg,
+            max_log_ratio=self.settings.max_log_ratio,
+            fake_law=self.settings.fake_law,
+            perp_neg=self.settings.perp_neg,
             num_scenes=self.num_scenes,
         )
         self._guidance.recipe = self.student_recipe
@@ -288,10 +276,10 @@ class DistillerStack:
 
     def train(self, losses: GuidanceLosses) -> list[bool]:
         """As `Distiller.train`; says for each scene whether all its updates were finite."""
+        num_fake = self.settings.fake_score_updates if self.fake_score is not None else 0
+        num_discriminator = self.settings.discriminator_updates if self.discriminator is not None else 0
         is_finite = [True] * self.num_scenes
-        for fake_loss, discriminator_loss in critic_updates(
-            losses, self.fake_score_updates, self.discriminator_updates
-        ):
+        for fake_loss, discriminator_loss in critic_updates(losses, num_fake, num_discriminator):
             for loss, optimiser in (
                 (fake_loss, self.fake_optimiser),
                 (discriminator_loss, self.discriminator_optimiser),
