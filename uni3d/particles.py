@@ -27,7 +27,6 @@ from uni3d.scene.camera import Cameras
 from uni3d.scene.field_stack import FieldStack, total_variation_each
 from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.radiance_field import RadianceField
-from uni3d.scene.regularisers import opacity_entropy, opacity_sparsity
 from uni3d.scene.renderer import RenderOutput
 from uni3d.scene.stack_renderer import OccupancyStack, render_stack, through_images
 from uni3d.scene_batch import FinishedScene
@@ -35,6 +34,7 @@ from uni3d.scene_optimiser import (
     SceneOptimiser,
     StepReport,
     choose_backends,
+    field_terms,
     stage_recipe,
     training_backgrounds,
 )
@@ -145,25 +145,13 @@ class ParticleOptimiser(SceneOptimiser):
         )
 
     def _particle_regularisation(self, output: RenderOutput, chosen: list[int]) -> dict[str, Tensor]:
-        """The weighted terms of `SceneOptimiser` for the chosen particles, one number each."""
-        weights = self.config.regularisers
-        terms: dict[str, Tensor] = {}
-        smoothness, colour_smoothness = (
-            self._value(schedule) for schedule in (weights.smoothness, weights.colour_smoothness)
-        )
-        if smoothness > 0 or colour_smoothness > 0:
-            terms["smoothness"] = total_variation_each(
-                self.fields,
-                density_weight=smoothness,
-                colour_weight=colour_smoothness,
-                streams=self.generator,
-            )[chosen]
-        by_particle = output.opacity.unflatten(0, (len(chosen), -1))
-        if (weight := self._value(weights.opacity_entropy)) > 0:
-            terms["opacity_entropy"] = weight * torch.func.vmap(opacity_entropy)(by_particle)
-        if (weight := self._value(weights.opacity)) > 0:
-            terms["opacity_penalty"] = weight * torch.func.vmap(opacity_sparsity)(by_particle)
-        return terms
+        """The weighted terms of the chosen particles, one number each."""
+
+        def variation(**weights: float) -> Tensor:
+            return total_variation_each(self.fields, streams=self.generator, **weights)[chosen]
+
+        opacity = output.opacity.unflatten(0, (len(chosen), -1))
+        return field_terms(self.config.regularisers, self.progress, opacity, variation)
 
     def _move_particles(
         self,

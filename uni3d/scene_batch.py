@@ -8,6 +8,7 @@ Legend: S scenes, B views scene by scene.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +23,13 @@ from uni3d.scene.camera import Cameras
 from uni3d.scene.field_stack import FieldStack, total_variation_each
 from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.radiance_field import RadianceField
-from uni3d.scene.regularisers import opacity_entropy
 from uni3d.scene.renderer import RenderOutput
 from uni3d.scene.stack_renderer import OccupancyStack, render_stack, through_images
 from uni3d.scene_optimiser import (
     SceneOptimiser,
     check_groups,
     critic_settings,
+    field_terms,
     most_demanding_recipe,
     noise_and_scale,
     num_warmup_steps,
@@ -200,25 +201,9 @@ class SceneBatch:
         return self.field_optimiser.descend(student, config.max_gradient_norm)
 
     def _regularisation(self, output: RenderOutput) -> dict[str, Tensor]:
-        """The weighted terms of `SceneOptimiser`, [S] each."""
-        weights = self.config.regularisers
-        terms: dict[str, Tensor] = {}
-        smoothness, colour_smoothness = (
-            self._value(schedule) for schedule in (weights.smoothness, weights.colour_smoothness)
-        )
-        if smoothness > 0 or colour_smoothness > 0:
-            terms["smoothness"] = total_variation_each(
-                self.fields,
-                density_weight=smoothness,
-                colour_weight=colour_smoothness,
-                streams=self.generators,
-            )
-        by_scene = output.opacity.unflatten(0, (len(self.scenes), -1))
-        if (weight := self._value(weights.opacity_entropy)) > 0:
-            terms["opacity_entropy"] = weight * torch.func.vmap(opacity_entropy)(by_scene)
-        if (weight := self._value(weights.opacity)) > 0:
-            terms["opacity_penalty"] = weight * by_scene.flatten(1).mean(dim=1)
-        return terms
+        variation = functools.partial(total_variation_each, self.fields, streams=self.generators)
+        opacity = output.opacity.unflatten(0, (len(self.scenes), -1))
+        return field_terms(self.config.regularisers, self.progress, opacity, variation)
 
     def _value(self, schedule: Schedule) -> float:
         return value_at(schedule, self.progress)

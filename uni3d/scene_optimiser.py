@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uni3d.config import CamerasConfig, GuidanceConfig, RendererConfig, TextTo3DConfig
+from uni3d.config import CamerasConfig, GuidanceConfig, RegularisersConfig, RendererConfig, TextTo3DConfig
 from uni3d.config_values import Schedule, value_at
 from uni3d.device_draws import to_device
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
@@ -244,24 +244,13 @@ class SceneOptimiser:
         )
 
     def _regularisation(self, output: RenderOutput) -> dict[str, Tensor]:
-        """Weighted terms that keep the field compact; a term of weight zero is not computed."""
-        weights = self.config.regularisers
-        terms: dict[str, Tensor] = {}
-        smoothness, colour_smoothness = (
-            self._value(schedule) for schedule in (weights.smoothness, weights.colour_smoothness)
+        variation = functools.partial(total_variation, self.field, generator=self.generator)
+        return field_terms(
+            self.config.regularisers,
+            self.progress,
+            output.opacity,
+            variation if self.field.encoding == "dense" else None,
         )
-        if self.field.encoding == "dense" and (smoothness > 0 or colour_smoothness > 0):
-            terms["smoothness"] = total_variation(
-                self.field,
-                density_weight=smoothness,
-                colour_weight=colour_smoothness,
-                generator=self.generator,
-            )
-        if (weight := self._value(weights.opacity_entropy)) > 0:
-            terms["opacity_entropy"] = weight * opacity_entropy(output.opacity)
-        if (weight := self._value(weights.opacity)) > 0:
-            terms["opacity_penalty"] = weight * opacity_sparsity(output.opacity)
-        return terms
 
     # ------------------------------------------------------------------ rendering
 
@@ -434,6 +423,34 @@ def prompt_contexts(config: TextTo3DConfig, teacher: LatentDiffusionTeacher, pro
 def num_warmup_steps(config: TextTo3DConfig, recipe: recipes.Recipe, num_steps: int) -> int:
     """How long a student waits for a new fake score: at most a tenth of its run or stage of `num_steps`."""
     return min(config.fake_score.warmup_steps, num_steps // 10) if recipe.needs_fake_score else 0
+
+
+def field_terms(
+    weights: RegularisersConfig,
+    progress: float,
+    opacity: Tensor,
+    variation: Callable[..., Tensor] | None,
+) -> dict[str, Tensor]:
+    """Weighted terms that keep a field compact, by name; a term of weight zero is not computed.
+
+    Args:
+        progress: share of the run that is done.
+        opacity: of the renders, [B, 1, H, W]; or [S, B, 1, H, W] for S fields, whose terms are [S].
+        variation: total variation of their voxels by `density_weight` and `colour_weight`; None: there are
+            no voxels.
+    """
+    of_each = torch.func.vmap if opacity.ndim == 5 else lambda term: term
+    terms: dict[str, Tensor] = {}
+    smoothness, colour_smoothness = (
+        value_at(schedule, progress) for schedule in (weights.smoothness, weights.colour_smoothness)
+    )
+    if variation is not None and (smoothness > 0 or colour_smoothness > 0):
+        terms["smoothness"] = variation(density_weight=smoothness, colour_weight=colour_smoothness)
+    if (weight := value_at(weights.opacity_entropy, progress)) > 0:
+        terms["opacity_entropy"] = weight * of_each(opacity_entropy)(opacity)
+    if (weight := value_at(weights.opacity, progress)) > 0:
+        terms["opacity_penalty"] = weight * of_each(opacity_sparsity)(opacity)
+    return terms
 
 
 def training_cameras(settings: CamerasConfig, num: int, generator: torch.Generator) -> Cameras:
