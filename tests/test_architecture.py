@@ -22,10 +22,10 @@ STACKS = {"random_streams", "parameter_stack", "device_draws"}
 # Room or module -> what of uni3d it may import, "losses" standing for everything below uni3d.losses.
 MAY_IMPORT: dict[str, set[str]] = {
     "losses": set(),
-    "diffusion": {"losses.noise_schedule", *STACKS, *PLAIN, *ATOMIC_WRITE},
+    "diffusion": {"losses.noise_schedule", "pickle_reader", *STACKS, *PLAIN, *ATOMIC_WRITE},
     "scene": {*STACKS, *PLAIN, *ATOMIC_WRITE},
     "mesh": {"scene", "outputs", *PLAIN, *ATOMIC_WRITE},
-    "data": {"scene.camera", "mesh.raycaster", "mesh.renderable", *PLAIN, *ATOMIC_WRITE},
+    "data": {"pickle_reader", "scene.camera", "mesh.raycaster", "mesh.renderable", *PLAIN, *ATOMIC_WRITE},
     "training": {"losses", "diffusion", *STACKS, *PLAIN},
     "evaluation": {
         "data",
@@ -79,6 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "device_clock": set(),
     "parameter_stack": set(),
     "errors": set(),
+    "pickle_reader": {"errors"},
     "config_values": {"errors"},
     "config": {"config_values", "stages_config", "errors"},
     "stages_config": {"config_values", "errors"},
@@ -162,6 +163,7 @@ WITHOUT_TORCH = (
     "outputs",
     "presets",
     "scene_requests",
+    "pickle_reader",
 )
 
 

@@ -1,6 +1,6 @@
 """CIFAR-10 (Krizhevsky 2009) as it is distributed: the python or the binary version, unpacked or .tar.gz.
 
-Nothing is extracted to disk, and the pickles of the python version are walked without running them. Both
+Nothing is extracted to disk, and the pickles of the python version are read without running them. Both
 versions hold 3072 bytes an image: 32x32 red, then green, then blue, row by row.
 """
 
@@ -11,14 +11,15 @@ import re
 import tarfile
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from uni3d.data.image_dataset import ImageDataset, dataset_of_array
-from uni3d.data.plain_pickle import InertCall, read_plain_pickle
 from uni3d.errors import UsageError
+from uni3d.pickle_reader import DamagedPickle, Known, PickleReader, RefusedPickle, Stateful
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -29,16 +30,34 @@ _IMAGE_BYTES = 3 * _SIDE * _SIDE
 _MAX_BATCH_BYTES = 64 * 2**20
 _MAX_ARCHIVE_BYTES = 2**30
 _MAX_MEMBERS = 1000
-_ALLOWED = tuple(
-    f"{module}.{name}"
-    for module, name in (
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-    )
-)
 _REMEDY = "take the archive from the CIFAR-10 page again"
+
+
+class _Array(Stateful):
+    """numpy's record of an array."""
+
+    state: Any = None
+
+    def set_state(self, state: Any) -> None:
+        self.state = state
+
+
+@dataclass
+class _ArrayType(Stateful):
+    """numpy's record of the type of an array; whatever else it says of its bytes does not matter."""
+
+    code: Any
+
+    def set_state(self, state: Any) -> None:
+        pass
+
+
+_NAMES = {
+    "numpy.ndarray": Known(),
+    "numpy.dtype": Known(call=lambda arguments: _ArrayType(arguments[0] if arguments else None)),
+    "numpy.core.multiarray._reconstruct": Known(call=lambda _: _Array()),
+    "numpy._core.multiarray._reconstruct": Known(call=lambda _: _Array()),
+}
 
 
 def is_cifar10(path: Path) -> bool:
@@ -130,7 +149,10 @@ def _read_batch(base: str, data: bytes, path: Path) -> tuple[np.ndarray, np.ndar
         records = np.frombuffer(data, np.uint8).reshape(-1, 1 + _IMAGE_BYTES)
         pixels, labels = records[:, 1:], records[:, 0].astype(np.int64)
     else:
-        content = read_plain_pickle(data, allowed=_ALLOWED, title=title, remedy=_REMEDY)
+        try:
+            content, _ = PickleReader(memoryview(data), _NAMES).read()
+        except (DamagedPickle, RefusedPickle) as error:
+            raise UsageError(f"{title} is not what it should be ({error}); {_REMEDY}") from None
         pixels, labels = _pixels_and_labels(content, title)
     if len(labels) != len(pixels):
         raise UsageError(f"{title} has {len(pixels)} images and {len(labels)} labels; {_REMEDY}")
@@ -148,17 +170,13 @@ def _pixels_and_labels(content: Any, title: str) -> tuple[np.ndarray, np.ndarray
         raise UsageError(f"{title} is no batch of CIFAR-10 ({reason}); {_REMEDY}") from None
 
 
-def _array(call: Any) -> np.ndarray:
+def _array(record: Any) -> np.ndarray:
     """uint8 [N, 3072] from numpy's own record of an array: (version, shape, dtype, order, bytes)."""
-    if not isinstance(call, InertCall) or not call.name.endswith("_reconstruct"):
+    if not isinstance(record, _Array):
         raise ValueError("its data are no array")
-    _, shape, kind, is_fortran, data = call.state
-    if (
-        not isinstance(kind, InertCall)
-        or kind.name != "numpy.dtype"
-        or kind.arguments[0] not in (b"u1", "u1")
-    ):
+    _, shape, kind, is_fortran, data = record.state
+    if not isinstance(kind, _ArrayType) or kind.code not in (b"u1", "u1"):
         raise ValueError("its data are no bytes")
-    if type(data) is not bytes or len(shape) != 2 or shape[1] != _IMAGE_BYTES:
+    if not isinstance(data, (bytes, memoryview)) or len(shape) != 2 or shape[1] != _IMAGE_BYTES:
         raise ValueError("its data are not 3072 bytes an image")
     return np.frombuffer(data, np.uint8).reshape(shape, order="F" if is_fortran else "C")

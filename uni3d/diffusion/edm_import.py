@@ -22,8 +22,8 @@ from uni3d.diffusion.edm import check_output, mismatch, save_tensors, skeleton
 from uni3d.diffusion.edm_config import Body, EDMConfig
 from uni3d.diffusion.edm_pickle import ModuleRecord, TensorRecord, read_objects, state_tensors
 from uni3d.diffusion.edm_unet import box_or_fir
-from uni3d.diffusion.pickle_reader import DamagedPickle, RefusedPickle, describe, printable
 from uni3d.errors import ConfigError, UsageError
+from uni3d.pickle_reader import DamagedPickle, RefusedPickle, describe, printable
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uni3d.diffusion.pickle_reader import (
+from uni3d.pickle_reader import (
     DamagedPickle,
     Known,
     Name,

@@ -4,7 +4,8 @@ Python's own unpickler looks names up in modules and calls what it finds, which 
 Here a name is only text. One that is not in the table is refused, by that name, at the moment it is read, and
 the entries of the table build plain data and inert records. Sizes that a file claims are checked against the
 bytes it has before anything is allocated, so that memory stays proportional to the file, and the reader keeps
-its own stack, so that depth costs no recursion. Protocols 2 to 5, without what only exotic classes need.
+its own stack, so that depth costs no recursion. Protocols 2 to 5, without what only exotic classes need;
+the strings of Python 2 are bytes.
 """
 
 from __future__ import annotations
@@ -52,13 +53,14 @@ class Stateful:
         raise NotImplementedError
 
 
-_KEYS = (str, int, float, bool, type(None))
+_KEYS = (str, bytes, int, float, bool, type(None))
 
 
 class PickleReader:
     """One reading of `data`; `persistent` turns the tuple of a persistent id into a value.
 
-    bytes come out as slices of `data`, not copies. Raises DamagedPickle and RefusedPickle.
+    bytes come out as slices of `data`, not copies, but for short strings of Python 2. Raises DamagedPickle
+    and RefusedPickle.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class PickleReader:
         while True:
             self._remaining -= 1
             if self._remaining < 0:
-                raise RefusedPickle("it has more operations than any network needs")
+                raise RefusedPickle("it has more operations than any such file needs")
             opcode = self._byte()
             if opcode == ord("."):
                 value = self._pop()
@@ -101,7 +103,7 @@ class PickleReader:
                 name = _REFUSED_OPCODES.get(opcode)
                 if name is None:
                     raise DamagedPickle(f"byte {self._position - 1} is no operation of a pickle")
-                raise RefusedPickle(f"it uses the operation {name}, which no file of weights needs")
+                raise RefusedPickle(f"it uses the operation {name}, which no such file needs")
             action(self)
 
     # ---- bytes
@@ -215,7 +217,9 @@ class PickleReader:
         text = f"{module}.{name}"
         known = self._table.get(text)
         if known is None:
-            raise RefusedPickle(f"it names '{printable(text)}', which is not among the names of EDM's files")
+            raise RefusedPickle(
+                f"it names '{printable(text)}', which is not among those that such a file needs"
+            )
         self._push(Name(text, known))
 
     def _stack_name(self) -> None:
@@ -300,6 +304,8 @@ _ACTIONS: dict[int, Callable[[PickleReader], object]] = {
     0x8C: lambda r: r._push(r._text(r._number("<B"))),
     ord("X"): lambda r: r._push(r._text(r._number("<I"))),
     0x8D: lambda r: r._push(r._text(r._number("<Q"))),
+    ord("U"): lambda r: r._push(bytes(r._take(r._number("<B")))),
+    ord("T"): lambda r: r._push(r._take(r._number("<I"))),
     ord("C"): lambda r: r._push(r._take(r._number("<B"))),
     ord("B"): lambda r: r._push(r._take(r._number("<I"))),
     0x8E: lambda r: r._push(r._take(r._number("<Q"))),
@@ -335,15 +341,13 @@ _ACTIONS: dict[int, Callable[[PickleReader], object]] = {
     ord("Q"): PickleReader._persistent_id,
 }
 
-# Operations that exist and that neither EDM nor torch writes; most of them are ways around a table of names.
+# Operations that exist and that none of the files read here has; most are ways around a table of names.
 _REFUSED_OPCODES = {
     ord("F"): "FLOAT",
     ord("I"): "INT",
     ord("L"): "LONG",
     ord("P"): "PERSID",
     ord("S"): "STRING",
-    ord("T"): "BINSTRING",
-    ord("U"): "SHORT_BINSTRING",
     ord("V"): "UNICODE",
     ord("g"): "GET",
     ord("i"): "INST",
