@@ -14,14 +14,12 @@ from typing import Literal
 
 from uni3d.config_values import (
     MAX_SEED,
-    METHOD_NAMES,
     Schedule,
-    check_name,
+    check_method,
+    check_noise_and_scale,
     check_pair,
     check_range,
     check_schedule,
-    parse_divergence,
-    value_at,
 )
 from uni3d.errors import ConfigError
 from uni3d.stages_config import StagesConfig
@@ -64,18 +62,14 @@ class GuidanceConfig:
     """Tell a camera-conditioned teacher where the camera stands."""
 
     def __post_init__(self) -> None:
-        check_schedule("guidance.guidance_scale", self.guidance_scale, 0.0, 1000.0)
-        check_schedule("guidance.noise_max", self.noise_max, 0.0, 1.0)
-        check_schedule("guidance.noise_min", self.noise_min, 0.0, 1.0)
-        for progress in sorted({position for position, _ in self.noise_max + self.noise_min}):
-            low, high = value_at(self.noise_min, progress), value_at(self.noise_max, progress)
-            if low >= high:
-                raise ConfigError(
-                    f"guidance.noise_min is {low:g} and guidance.noise_max is {high:g} at {progress:g} of "
-                    f"the run; noise_min must stay below noise_max"
-                )
-        if self.first_stage_divergence is not None:
-            parse_divergence(self.first_stage_divergence)
+        check_noise_and_scale(
+            "guidance.",
+            guidance_scale=self.guidance_scale,
+            noise_max=self.noise_max,
+            noise_min=self.noise_min,
+            span="run",
+        )
+        check_method(None, self.first_stage_divergence)
         check_range("guidance.first_stage_share", self.first_stage_share, 0.0, 1.0)
         check_range("guidance.adversarial_weight", self.adversarial_weight, 0.0, 1e6)
         check_range("guidance.perp_neg", self.perp_neg, 0.0, 100.0)
@@ -393,6 +387,4 @@ class TextTo3DConfig:
         if self.vram is not None and self.vram not in VRAM_PRESETS:
             expected = ", ".join(map(str, VRAM_PRESETS))
             raise ConfigError(f"vram is {self.vram}; expected the next smaller of {expected} (gigabytes)")
-        check_name("method", self.method.replace("_", "-"), METHOD_NAMES)
-        if self.divergence is not None:
-            parse_divergence(self.divergence)
+        check_method(self.method, self.divergence)

@@ -91,6 +91,14 @@ def parse_divergence(text: str) -> dict[str, float]:
     return weights
 
 
+def check_method(method: str | None, divergence: str | None) -> None:
+    """Raise ConfigError for a method or a divergence that nobody knows; None says nothing."""
+    if method is not None:
+        check_name("method", method.replace("_", "-"), METHOD_NAMES)
+    if divergence is not None:
+        parse_divergence(divergence)
+
+
 def check_name(key: str, name: str, known: Sequence[str]) -> None:
     """Raise ConfigError with the nearest known name unless `name` is one of `known`."""
     if name in known:
@@ -140,3 +148,20 @@ def check_schedule(key: str, schedule: Schedule, low: float, high: float) -> Non
         )
     for _, value in schedule:
         check_range(key, value, low, high)
+
+
+def check_noise_and_scale(
+    group: str, *, guidance_scale: Schedule, noise_max: Schedule, noise_min: Schedule, span: str
+) -> None:
+    """Raise ConfigError unless each can be followed and noise_min stays below noise_max, all over the `span`
+    ("run" or "stage") of the schedules."""
+    check_schedule(f"{group}guidance_scale", guidance_scale, 0.0, 1000.0)
+    check_schedule(f"{group}noise_max", noise_max, 0.0, 1.0)
+    check_schedule(f"{group}noise_min", noise_min, 0.0, 1.0)
+    for progress in sorted({position for position, _ in noise_max + noise_min}):
+        low, high = value_at(noise_min, progress), value_at(noise_max, progress)
+        if low >= high:
+            raise ConfigError(
+                f"{group}noise_min is {low:g} and {group}noise_max is {high:g} at {progress:g} of the "
+                f"{span}; noise_min must stay below noise_max"
+            )

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from uni3d.config_values import (
-    METHOD_NAMES,
     Schedule,
-    check_name,
+    check_method,
+    check_noise_and_scale,
     check_pair,
     check_range,
     check_schedule,
-    parse_divergence,
-    value_at,
 )
 from uni3d.errors import ConfigError
 
@@ -50,20 +48,14 @@ class StageGuidanceConfig:
     """Nearest and farthest camera distance of this stage; none: as in the field stage."""
 
     def __post_init__(self) -> None:
-        if self.method is not None:
-            check_name("method", self.method.replace("_", "-"), METHOD_NAMES)
-        if self.divergence is not None:
-            parse_divergence(self.divergence)
-        check_schedule("guidance_scale", self.guidance_scale, 0.0, 1000.0)
-        check_schedule("noise_max", self.noise_max, 0.0, 1.0)
-        check_schedule("noise_min", self.noise_min, 0.0, 1.0)
-        for progress in sorted({position for position, _ in self.noise_max + self.noise_min}):
-            low, high = value_at(self.noise_min, progress), value_at(self.noise_max, progress)
-            if low >= high:
-                raise ConfigError(
-                    f"noise_min is {low:g} and noise_max is {high:g} at {progress:g} of the stage; noise_min "
-                    f"must stay below noise_max"
-                )
+        check_method(self.method, self.divergence)
+        check_noise_and_scale(
+            "",
+            guidance_scale=self.guidance_scale,
+            noise_max=self.noise_max,
+            noise_min=self.noise_min,
+            span="stage",
+        )
         check_schedule("resolution", self.resolution, 8.0, 2048.0)
         check_range("views_per_step", self.views_per_step, 1, 64)
         if self.fov_y_deg is not None:
