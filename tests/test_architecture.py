@@ -13,8 +13,8 @@ PACKAGE = ROOT / "uni3d"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 600
 
-# Light modules that any room but `losses` may use; of them only device_clock knows torch.
-PLAIN = {"errors", "resources", "device_clock"}
+# Light modules that any room but `losses` may use; of them device_clock and timing_program know torch.
+PLAIN = {"errors", "resources", "device_clock", "timing_program"}
 ATOMIC_WRITE = {"training.checkpoint"}
 # Torch alone: what lets several scenes share one pass, and a GPU draw without being waited for.
 STACKS = {"random_streams", "parameter_stack", "device_draws"}
@@ -77,6 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "random_streams": set(),
     "device_draws": {"random_streams"},
     "device_clock": set(),
+    "timing_program": ATOMIC_WRITE,
     "parameter_stack": set(),
     "errors": set(),
     "pickle_reader": {"errors"},

@@ -9,14 +9,11 @@ how much of the card's measured matrix rate each uses, what its parts take alone
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +35,7 @@ from uni3d.distillation.benchmark_step import matrix_rate
 from uni3d.random_teacher import random_teacher
 from uni3d.scene_optimiser import SceneOptimiser
 from uni3d.threestudio_step import ThreestudioStep
-from uni3d.training.checkpoint import atomic_write_json
+from uni3d.timing_program import argument_parser, keep_figures, say
 
 Step = Callable[[], object]
 
@@ -245,20 +242,14 @@ def run_benchmark(
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m uni3d.step_benchmark`."""
     defaults = BenchmarkSettings()
-    parser = argparse.ArgumentParser(
-        prog="python -m uni3d.step_benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("uni3d.step_benchmark", __doc__)
     parser.add_argument("--shapes", default=defaults.shapes, choices=["sd21", "tiny"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resolution", type=int, default=defaults.resolution, help="of the render, pixels")
     parser.add_argument("--samples", type=int, default=defaults.samples_per_ray, help="across the cube")
     parser.add_argument("--compile", default="auto", choices=["auto", "off", "compile", "graphs"])
     parser.add_argument("--warmup", type=int, default=defaults.num_warmup)
     parser.add_argument("--repeats", type=int, default=defaults.num_repeats)
     parser.add_argument("--matrix-size", type=int, default=defaults.matrix_size)
-    parser.add_argument("--output", type=Path, help="JSON file of all figures")
     given = parser.parse_args(arguments)
     settings = BenchmarkSettings(
         shapes=given.shapes,
@@ -270,14 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_repeats=given.repeats,
         matrix_size=given.matrix_size,
     )
-
-    def say(line: str) -> None:
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
-
     result = run_benchmark(settings, report=say)
-    if given.output is not None:
-        atomic_write_json(given.output, result)
+    keep_figures(result, given.output)
     return 0
 
 

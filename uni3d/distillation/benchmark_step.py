@@ -10,16 +10,13 @@ Legend: F one forward pass of the network, E one of its encoder.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import importlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,7 +27,7 @@ from uni3d.diffusion.edm import PRESETS, EDMConfig, preset, skeleton
 from uni3d.distillation.training_steps import BUILDS, StepBuilder, StepSetup
 from uni3d.errors import UsageError
 from uni3d.losses.recipe import Recipe
-from uni3d.training.checkpoint import atomic_write_json
+from uni3d.timing_program import argument_parser, keep_figures, say
 
 TOY = "toy"
 RECIPES: dict[str, tuple[str, str | None]] = {
@@ -326,11 +323,7 @@ def row_text(title: str, row: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m uni3d.distillation.benchmark_step`."""
     defaults = BenchmarkSettings()
-    parser = argparse.ArgumentParser(
-        prog="python -m uni3d.distillation.benchmark_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("uni3d.distillation.benchmark_step", __doc__)
     parser.add_argument("--network", default=defaults.network, choices=[TOY, *PRESETS])
     parser.add_argument("--batch", type=int, default=defaults.batch_size)
     parser.add_argument("--released-batch", type=int, default=defaults.micro_batch)
@@ -339,11 +332,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipes", nargs="*", default=[], choices=[*RECIPES, "all"], help="timed as well")
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
     parser.add_argument("--precision", default=defaults.precision, choices=["bf16", "fp32"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--warmup", type=int, default=defaults.num_warmup)
     parser.add_argument("--repeats", type=int, default=defaults.num_repeats)
     parser.add_argument("--matrix-size", type=int, default=defaults.matrix_size)
-    parser.add_argument("--output", type=Path, help="JSON file of all figures")
     given = parser.parse_args(arguments)
     settings = BenchmarkSettings(
         network=given.network,
@@ -359,14 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_repeats=given.repeats,
         matrix_size=given.matrix_size,
     )
-
-    def say(line: str) -> None:
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
-
     result = run_benchmark(settings, report=say)
-    if given.output is not None:
-        atomic_write_json(given.output, result)
+    keep_figures(result, given.output)
     return 0
 
 

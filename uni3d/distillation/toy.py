@@ -15,16 +15,13 @@ Legend: V runs that train side by side (one for each seed), B batch, G grid poin
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +34,7 @@ from uni3d.losses.discriminator import RatioNormaliser, discriminator_loss, log_
 from uni3d.losses.fake_score import denoising_loss
 from uni3d.losses.noise_schedule import expansion_weight
 from uni3d.losses.recipe import Recipe
-from uni3d.training.checkpoint import atomic_write_json
+from uni3d.timing_program import argument_parser, keep_figures, say
 
 DIM = 2
 VARIANTS = ("exact", "four_term", "detached", "released")
@@ -447,9 +444,8 @@ def row_text(row: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m uni3d.distillation.toy`."""
     defaults = ToySettings()
-    parser = argparse.ArgumentParser(prog="python -m uni3d.distillation.toy", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--output", type=Path, help="JSON file of all figures")
+    parser = argument_parser("uni3d.distillation.toy", __doc__)
+    parser.set_defaults(device="cpu")
     parser.add_argument("--steps", type=int, default=defaults.num_steps, help="steps of the student")
     parser.add_argument("--seeds", type=int, default=defaults.num_seeds, help="runs that are reported")
     parser.add_argument(
@@ -462,7 +458,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rates", nargs="+", type=float, default=list(defaults.learning_rates))
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
-    parser.add_argument("--device", default="cpu")
     chosen = parser.parse_args(arguments)
     settings = ToySettings(
         variants=tuple(chosen.variants),
@@ -472,11 +467,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         learning_rates=tuple(chosen.rates),
         seed=chosen.seed,
     )
-
-    def say(line: str) -> None:
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
-
     say(HEADER)
     result = run_toy(settings, device=chosen.device, report=say)
     say(f"\nat the learning rate that {settings.num_tuning_seeds} further seeds chose:\n{HEADER}")
@@ -485,8 +475,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"{row_text(row)}   {gap['mean']:+.4f} +- {gap['standard_error']:.4f} against the first")
     say(f"KL(q||p) of the best linear student: {result['best_linear_forward_kl']:.4f}")
     say(f"KL(q||p) of as many points of the teacher itself: {result['floor']['forward_kl']:.4f}")
+    keep_figures(result, chosen.output)
     if chosen.output is not None:
-        atomic_write_json(chosen.output, result)
         say(json.dumps({"output": str(chosen.output), "seconds": result["seconds"]}))
     return 0
 

@@ -10,14 +10,12 @@ read the least of many repeats.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ from uni3d.errors import UsageError
 from uni3d.mesh.normals import vertex_normals
 from uni3d.mesh.rasteriser import BACKENDS, antialias, choose_backend, interpolate, mesh_edges, rasterise
 from uni3d.scene.camera import ring_cameras
-from uni3d.training.checkpoint import atomic_write_json
+from uni3d.timing_program import argument_parser, keep_figures, say
 
 Mark = Callable[[], None]
 PARTS = ("rasterise", "interpolate", "antialias", "backward")
@@ -164,20 +162,13 @@ def _peak_resident_bytes() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m uni3d.mesh.rasteriser_benchmark`."""
-    is_cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        prog="python -m uni3d.mesh.rasteriser_benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", default="cuda" if is_cuda else "cpu")
+    parser = argument_parser("uni3d.mesh.rasteriser_benchmark", __doc__)
     parser.add_argument("--size", type=int, help="pixels a side; 512 on a GPU, 128 on a CPU")
     parser.add_argument("--triangles", type=int, help="about; 100000 on a GPU, 20000 on a CPU")
     parser.add_argument("--cameras", type=int, default=1)
     parser.add_argument("--backend", default="auto", choices=BACKENDS)
     parser.add_argument("--warmup", type=int, default=BenchmarkSettings.num_warmup)
     parser.add_argument("--repeats", type=int, default=BenchmarkSettings.num_repeats)
-    parser.add_argument("--output", type=Path, help="JSON file of all figures")
     given = parser.parse_args(arguments)
     on_gpu = given.device.startswith("cuda")
     result = run_benchmark(
@@ -192,14 +183,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     )
     parts = ", ".join(f"{part} {value:.1f}" for part, value in result["parts_min_ms"].items())
-    sys.stdout.write(
+    say(
         f"{result['device']}, {result['backend']['name']}, {result['settings']['size']} px, "
         f"{result['num_triangles']} triangles, {given.cameras} cameras: least {result['min_ms']:.1f} ms, "
         f"median {result['median_ms']:.1f} ms ({parts}); edges {result['edges_ms']:.1f} ms; "
-        f"{result['peak_memory_mib']:.0f} MiB\n"
+        f"{result['peak_memory_mib']:.0f} MiB"
     )
-    if given.output is not None:
-        atomic_write_json(given.output, result)
+    keep_figures(result, given.output)
     return 0
 
 

@@ -10,14 +10,11 @@ memory and how often it made the host wait. What cannot be had here is listed wi
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +29,7 @@ from uni3d.scene.encoding import EncodingBackend, HashGridEncoding
 from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.radiance_field import RadianceField
 from uni3d.scene.renderer import Renderer
-from uni3d.training.checkpoint import atomic_write_json
+from uni3d.timing_program import argument_parser, keep_figures, say
 
 ENCODINGS: tuple[EncodingBackend, ...] = ("torch", "triton", "tinycudann")
 RENDERERS: tuple[RendererName, ...] = ("torch", "triton", "nerfacc")
@@ -266,12 +263,7 @@ def _row_text(title: str, name: str, row: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m uni3d.scene.benchmark_kernels`."""
     defaults = KernelBenchmark()
-    parser = argparse.ArgumentParser(
-        prog="python -m uni3d.scene.benchmark_kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argument_parser("uni3d.scene.benchmark_kernels", __doc__)
     parser.add_argument("--points", type=int, default=defaults.num_points)
     parser.add_argument("--levels", type=int, default=defaults.num_levels)
     parser.add_argument("--table-size", type=int, default=defaults.table_size)
@@ -279,7 +271,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=defaults.num_samples, help="along an edge of the cube")
     parser.add_argument("--warmup", type=int, default=defaults.num_warmup)
     parser.add_argument("--repeats", type=int, default=defaults.num_repeats)
-    parser.add_argument("--output", type=Path, help="JSON file of all figures")
     given = parser.parse_args(arguments)
     settings = KernelBenchmark(
         device=given.device,
@@ -291,14 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_warmup=given.warmup,
         num_repeats=given.repeats,
     )
-
-    def say(line: str) -> None:
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
-
     result = run_benchmark(settings, report=say)
-    if given.output is not None:
-        atomic_write_json(given.output, result)
+    keep_figures(result, given.output)
     return 0
 
 

@@ -1,0 +1,34 @@
+"""What the programs share that measure something, print it line by line and keep the figures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from uni3d.training.checkpoint import atomic_write_json
+
+
+def argument_parser(module: str, about: str | None) -> argparse.ArgumentParser:
+    """A parser for `python -m module` with --device and --output, explained by the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="JSON file of all figures")
+    return parser
+
+
+def say(line: str) -> None:
+    """Print one line of the table as soon as it is known."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def keep_figures(figures: dict[str, Any], file: Path | None) -> None:
+    """Write what was measured to the file of --output, if one was given."""
+    if file is not None:
+        atomic_write_json(file, figures)
