@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from uni3d import cli, memory_benchmark
+from uni3d.commands import read_generate_options
 from uni3d.config import (
     VRAM_PRESETS,
     CheckpointsConfig,
@@ -24,11 +25,13 @@ from uni3d.config import (
 from uni3d.config_loader import config_to_yaml
 from uni3d.config_values import value_at
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
-from uni3d.errors import OutOfMemory
-from uni3d.memory import RUNGS, MemoryLadder, rung_for
+from uni3d.errors import ConfigError, OutOfMemory
+from uni3d.memory import RUNGS, MemoryLadder, fitted, rung_for
 from uni3d.random_teacher import random_teacher
 from uni3d.scene_optimiser import SceneOptimiser
 from uni3d.step_loop import MemoryStore, take_steps
+from uni3d.text_to_3d import _fingerprint
+from uni3d.training.checkpoint import CheckpointStore
 
 
 @pytest.fixture
@@ -141,6 +144,24 @@ def test_a_preset_holds_the_networks_and_still_teaches(config: TextTo3DConfig) -
     bound, _ = started(dataclasses.replace(config, vram=8))
     rung_for(8).apply_to(bound.teacher)
     assert plain.step().values == pytest.approx(bound.step().values, rel=1e-4)
+
+
+def test_a_run_goes_on_in_less_memory(config: TextTo3DConfig, tmp_path: Path) -> None:
+    """The bounds of --vram may be set anew with --resume; nothing else may change."""
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    resumed = read_generate_options(["--resume", str(tmp_path), "--vram", "8"])
+    assert fitted(resumed).guidance.views_per_step == 1 < config.guidance.views_per_step
+    optimiser, _ = started(config)
+    CheckpointStore(tmp_path, fingerprint=_fingerprint(config)).save(0, optimiser.state_dict())
+    kept = CheckpointStore(tmp_path, fingerprint=_fingerprint(fitted(resumed))).load_latest()
+    assert kept is not None
+    smaller, _ = started(fitted(resumed))
+    smaller.load_state_dict(kept.state)
+    assert smaller.step().finite
+    for changes in ({"seed": 1}, {"renderer": RendererConfig(samples_per_ray=16)}):
+        other = CheckpointStore(tmp_path, fingerprint=_fingerprint(dataclasses.replace(config, **changes)))
+        with pytest.raises(ConfigError, match="belongs to other settings"):
+            other.load_latest()
 
 
 def test_the_flag_is_kept_and_checked(

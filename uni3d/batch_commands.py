@@ -22,7 +22,7 @@ from uni3d.prompts import check_prompt
 from uni3d.scene_requests import MAX_SCENES, ScenePlan, SceneRequest, is_planned
 
 MAX_FILE_BYTES = 1 << 20
-MAY_CHANGE_ON_RESUME = ("resume", "quiet", "json", "device")
+MAY_CHANGE_ON_RESUME = ("resume", "quiet", "json", "device", "vram")
 
 
 @dataclass(frozen=True, kw_only=True)

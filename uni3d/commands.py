@@ -27,7 +27,7 @@ from uni3d.presets import load_run_config
 from uni3d.prompts import check_prompt
 from uni3d.resources import resource_roots, weights_folder
 
-MAY_CHANGE_ON_RESUME = ("output", "resume", "overwrite", "quiet", "json", "device")
+MAY_CHANGE_ON_RESUME = ("output", "resume", "overwrite", "quiet", "json", "device", "vram")
 
 
 @dataclass(frozen=True, kw_only=True)

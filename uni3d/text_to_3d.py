@@ -31,7 +31,7 @@ from uni3d.config_loader import config_to_dict, config_to_yaml, load_config
 from uni3d.data.captions import read_vocabulary, unknown_prompt_warning
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import Interrupted, Uni3DError, UsageError
-from uni3d.memory import fitted
+from uni3d.memory import RUNGS, fitted
 from uni3d.mesh.export import write_mesh
 from uni3d.mesh.renderable import RenderableMesh
 from uni3d.mesh.report import compare_with_field, mesh_report
@@ -509,7 +509,8 @@ def _deliver(run: RunDirectory, config: TextTo3DConfig, mesh: TexturedMesh, extr
 
 
 def _fingerprint(config: TextTo3DConfig) -> dict[str, Any]:
-    """What must not change between the runs that share checkpoints; who computes it may."""
+    """What must not change between the runs that share checkpoints; who computes it may, and within what
+    memory: settings count as the smallest bounds leave them."""
     ignored = (
         "output",
         "runs_folder",
@@ -518,10 +519,12 @@ def _fingerprint(config: TextTo3DConfig) -> dict[str, Any]:
         "quiet",
         "json",
         "device",
+        "vram",
         "checkpoints",
         "mesh",
     )
-    kept = {key: value for key, value in config_to_dict(config).items() if key not in ignored}
+    smallest = config_to_dict(RUNGS[-1].bounded(config))
+    kept = {key: value for key, value in smallest.items() if key not in ignored}
     for group, key in _HOW_IT_IS_COMPUTED:
         kept[group] = {name: value for name, value in kept[group].items() if name != key}
     return kept
