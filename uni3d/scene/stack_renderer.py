@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from uni3d.device_draws import to_device
 from uni3d.random_streams import Streams, uniform
 from uni3d.scene.camera import Cameras
 from uni3d.scene.field_stack import FieldStack
@@ -47,7 +48,7 @@ class OccupancyStack:
         ticks = torch.arange(size, device=device, dtype=torch.float32)
         z, y, x = torch.meshgrid(ticks, ticks, ticks, indexing="ij")
         cells = torch.stack([x, y, z], dim=-1).view(1, -1, 3)
-        within = uniform((num_scenes * size**3, 3), streams).to(device).view(num_scenes, -1, 3)
+        within = to_device(uniform((num_scenes * size**3, 3), streams), device).view(num_scenes, -1, 3)
         cell_size = 2 * self.half_extent / size
         points = (cells + within) * cell_size - self.half_extent
         scene = torch.arange(num_scenes, device=device).repeat_interleave(size**3)
@@ -125,7 +126,7 @@ def render_stack(
     ray_scene = scene.repeat_interleave(height * width)
     step = 2 * fields.half_extent / num_samples
     with torch.no_grad():
-        shift = uniform((origins.shape[0],), streams).to(origins.device)
+        shift = to_device(uniform((origins.shape[0],), streams), origins.device)
         bounds = occupancy.bounds[ray_scene].transpose(0, 1)
         entry, leave = box_interval(origins, directions, bounds)
         first = torch.ceil(entry / step - shift)
