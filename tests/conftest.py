@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no network, no GPU unless asked for, and the GPU marker."""
+"""What every test shares: few threads, no network, no GPU unless asked for, and the GPU marker."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The processes share the cores; those that a test starts inherit it. torch reads it when it is imported.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -414,7 +414,7 @@ def test_tampered_json_is_read_or_refused(changes: list[tuple[tuple[Any, ...], A
         try:
             for key in path[:-1]:
                 holder = holder[key]
-            holder[path[-1]] = value
+            holder[path[-1]] = copy.deepcopy(value)  # ODD hands out the same list and dict every time
         except (TypeError, LookupError):
             continue  # an earlier change took this place away
     binary = textured_triangle(picture())[-(60 + len(picture()) + 3) :]

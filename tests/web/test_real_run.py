@@ -24,6 +24,7 @@ def _get(store: JobStore, job: Job) -> Job:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_run_goes_on_and_leaves_its_results_alone(tmp_path: Path, tiny_teacher_folder: Path) -> None:
     teachers = {"tiny": str(tiny_teacher_folder), "broken": str(tmp_path)}
     settings = settings_in(tmp_path / "web", teachers=teachers, max_steps=40, checkpoint_interval_s=0.0)

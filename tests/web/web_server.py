@@ -40,6 +40,7 @@ class Served:
             *options,
         ]
         self.process: subprocess.Popen[bytes] | None = None
+        self.first_screen_s = 0.0
 
     @property
     def address(self) -> str:
@@ -56,7 +57,8 @@ class Served:
         while time.monotonic() - started < 120:
             try:
                 if Visitor(self).get("/")[0] == 200:
-                    return time.monotonic() - started
+                    self.first_screen_s = time.monotonic() - started
+                    return self.first_screen_s
             except OSError:
                 time.sleep(0.05)
             assert self.process.poll() is None, self.log.read_text()
