@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from uni3d.config import Quality, TextTo3DConfig
@@ -14,6 +15,7 @@ PRESET_FILES: dict[Quality, str] = {
 }
 
 
+@functools.cache
 def quality_preset(quality: Quality) -> TextTo3DConfig:
     """The settings of a quality: what flags and files are laid over."""
     return load_config(resource_path(PRESET_FILES[quality]), TextTo3DConfig(quality=quality))

@@ -80,6 +80,16 @@ def test_estimates_come_from_jobs_that_were_made(tmp_path: Path) -> None:
     assert "Waiting: 2 jobs before this one, about 50 s." in status_html(last, 2, 50.0)
 
 
+def test_a_long_queue_costs_no_more_than_its_kinds_of_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, asked = JobStore(settings_in(tmp_path)), []
+    monkeypatch.setattr(store, "usual_seconds", lambda *kind: asked.append(kind) or 2.0)
+    waiting = [store.submit(order(method=method), ALICE) for method in ("sds", "vsd", "sds", "vsd")]
+    assert Estimates(store).wait(waiting) == 8.0
+    assert len(asked) == 2
+
+
 def test_before_the_first_job_trial_steps_tell(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     estimates = Estimates(JobStore(settings))

@@ -5,6 +5,7 @@ The worker takes the trial steps while nobody waits, once for a folder, and leav
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 import time
@@ -44,9 +45,10 @@ class Estimates:
 
     def wait(self, before: list[Job]) -> float | None:
         """Seconds until the jobs `before` another are made."""
+        seconds = functools.cache(self.seconds)  # many jobs wait, of few kinds
         total = 0.0
         for job in before:
-            usual = self.seconds(job.quality, job.method)
+            usual = seconds(job.quality, job.method)
             if usual is None:
                 return None
             total += max(usual - job.seconds_worked, job.seconds_left or 0.0, 0.0)
