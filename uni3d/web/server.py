@@ -7,6 +7,7 @@ server that is killed goes on where it stood when it starts again.
 from __future__ import annotations
 
 import argparse
+import gc
 import inspect
 import os
 import signal
@@ -67,7 +68,7 @@ def serve(options: argparse.Namespace, worker_command: Sequence[str] | None) -> 
     try:
         from starlette.middleware import Middleware
 
-        with _no_editor_stubs():
+        with _quick_start():
             import gradio as gr
     except ImportError as error:
         raise MissingPackageError('the web page needs gradio: pip install "uni3d[demo]"') from error
@@ -116,10 +117,11 @@ def serve(options: argparse.Namespace, worker_command: Sequence[str] | None) -> 
 
 
 @contextmanager
-def _no_editor_stubs() -> Iterator[None]:
-    """Half the time that importing gradio takes goes into type stubs that it writes for editors.
+def _quick_start() -> Iterator[None]:
+    """Import gradio in half the time, which until the first screen is most of it.
 
-    It leaves out classes whose source file is unknown, so for this long its own are.
+    It writes type stubs for editors, but leaves out classes whose source file is unknown, so for this long its
+    own are. And what an import makes stays: to look for garbage in between finds none.
     """
     getfile = inspect.getfile
 
@@ -129,9 +131,11 @@ def _no_editor_stubs() -> Iterator[None]:
         return getfile(thing)
 
     inspect.getfile = unknown_for_gradio
+    gc.disable()
     try:
         yield
     finally:
+        gc.enable()
         inspect.getfile = getfile
 
 
