@@ -98,6 +98,10 @@ def load(folder: Path, *, visitors: int, jobs: int, steps: int, stub: bool, wait
             for job, (visitor, word) in orders.items()
         )
     half = memory[len(memory) // 2 :]
+    earlier, later = half[: len(half) // 2], half[len(half) // 2 :]
+    server, worker = (
+        [median(sample[which] for sample in part) for part in (earlier, later)] for which in (0, 1)
+    )
     return {
         "visitors": visitors,
         "jobs": len(orders),
@@ -110,10 +114,11 @@ def load(folder: Path, *, visitors: int, jobs: int, steps: int, stub: bool, wait
         "actions": len(seconds),
         "action_ms_median": round(1000 * median(seconds), 1),
         "action_ms_95": round(1000 * quantiles(seconds, n=20)[-1], 1),
-        "server_mb_half": round(half[0][0], 1),
-        "server_mb_end": round(half[-1][0], 1),
-        "server_growth_last_half": round(half[-1][0] / max(half[0][0], 1) - 1, 4),
-        "worker_growth_last_half": round(half[-1][1] / max(half[0][1], 1) - 1, 4),
+        # Medians of the third and of the last quarter: a worker's memory moves with the stage of its job.
+        "server_mb": [round(value, 1) for value in server],
+        "server_growth_last_half": round(server[1] / max(server[0], 1) - 1, 4),
+        "worker_mb": [round(value, 1) for value in worker],
+        "worker_growth_last_half": round(worker[1] / max(worker[0], 1) - 1, 4),
     }
 
 
