@@ -120,8 +120,8 @@ def serve(options: argparse.Namespace, worker_command: Sequence[str] | None) -> 
 def _quick_start() -> Iterator[None]:
     """Import gradio in half the time, which until the first screen is most of it.
 
-    It writes type stubs for editors, but leaves out classes whose source file is unknown, so for this long its
-    own are. And what an import makes stays: to look for garbage in between finds none.
+    It writes type stubs for editors, but leaves out classes whose source file is unknown, so for this long
+    its own are. And what an import makes stays: no garbage is found in between.
     """
     getfile = inspect.getfile
 
