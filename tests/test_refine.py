@@ -18,11 +18,16 @@ from uni3d.config_loader import config_to_yaml, load_config
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import Interrupted, UsageError
 from uni3d.mesh.mesh_input import read_untrusted_mesh
+from uni3d.mesh.repair import prepare_for_refine
 from uni3d.mesh.report import mesh_report
+from uni3d.mesh.source_colour import SourceColour
 from uni3d.mesh.turntable import render_mesh
+from uni3d.mesh_optimiser import FieldColour, TextureStudent
 from uni3d.refine import refine
 from uni3d.refine_config import RefineConfig
 from uni3d.scene.camera import ring_cameras
+from uni3d.scene.radiance_field import RadianceField
+from uni3d.stages import as_surface
 from uni3d.stages_config import GeometryConfig, StageGuidanceConfig, TextureConfig
 from uni3d.text_to_3d import RunWatch, TextTo3DPipeline
 
@@ -94,10 +99,12 @@ def test_without_strength_the_colours_stay(red_box: Path, tiny_teacher_folder: P
     assert np.minimum(first_alpha, second_alpha).sum() / np.maximum(first_alpha, second_alpha).sum() > 0.98
 
 
-def test_strength_is_spent_on_steps_and_noise() -> None:
+def test_strength_is_spent_on_steps_noise_and_fading() -> None:
     full, half = (RefineConfig(strength=strength).run_settings() for strength in (1.0, 0.5))
     none = RefineConfig(strength=0.0).run_settings()
     assert half.stages.texture.steps == full.stages.texture.steps // 2 and none.stages.texture.steps == 0
+    assert half.stages.texture.fading == full.stages.texture.fading / 2
+    assert half.stages.texture.first_noise == full.stages.texture.first_noise / 2
     assert half.stages.texture.guidance.noise_max[0][1] == full.stages.texture.guidance.noise_max[0][1] / 2
     assert full.stages.geometry.steps == 0, "texture mode has no geometry stage"
     both = RefineConfig(part="both").run_settings()
@@ -119,7 +126,12 @@ def test_a_stopped_run_goes_on_to_the_same_mesh(
     red_box: Path, tiny_teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = _config(
-        red_box, tiny_teacher_folder, tmp_path, part="both", checkpoints=CheckpointsConfig(interval_s=0.0)
+        red_box,
+        tiny_teacher_folder,
+        tmp_path,
+        part="both",
+        checkpoints=CheckpointsConfig(interval_s=0.0),
+        texture=TextureConfig(steps=3, fading=1.0, first_views=2, guidance=SMALL),
     )
     whole = refine(config)
 
@@ -220,11 +232,40 @@ def test_settings_survive_a_file(tmp_path: Path) -> None:
     assert load_config(file, RefineConfig()) == config
 
 
+def test_faded_colours_lose_their_hue_and_keep_their_contrast(red_box: Path) -> None:
+    mesh = prepare_for_refine(read_untrusted_mesh(red_box)).mesh
+    face = torch.arange(len(mesh.faces))
+    middle = torch.full((len(face), 3), 1 / 3)
+
+    def colours(fading: float) -> torch.Tensor:
+        return SourceColour(mesh, by_face=True, fading=fading)(middle, face, middle)
+
+    whole, half, none = (colours(fading) for fading in (0.0, 0.5, 1.0))
+    chroma = [(c.max(dim=1).values - c.min(dim=1).values).max() for c in (whole, half, none)]
+    assert chroma[0] > chroma[1] > 0.05 and chroma[2] < 1e-5
+    weights = torch.tensor([0.299, 0.587, 0.114])
+    is_light = whole @ weights > (whole @ weights).mean()
+    assert none[is_light].min() > 0.5 > none[~is_light].max(), "green is lighter than red, as before"
+
+
+def test_first_colours_are_those_of_the_pictures(red_box: Path) -> None:
+    """Where the teacher's pictures are blue, so is the mesh from all sides, before the first step."""
+    mesh = prepare_for_refine(read_untrusted_mesh(red_box)).mesh
+    colour = FieldColour(RadianceField(resolutions=(8, 16)), SourceColour(mesh, by_face=True, fading=1.0))
+    student = TextureStudent(TextureConfig(), as_surface(mesh), colour)
+    cameras = ring_cameras(3, elevation_deg=20.0)
+    blue = torch.tensor([0.1, 0.2, 0.8])
+    student.fit(cameras, blue[:, None, None].expand(3, 3, 24, 24), torch.Generator().manual_seed(0))
+    others = ring_cameras(4, elevation_deg=35.0)
+    with torch.no_grad():
+        seen = student.renderer().render(others, 24, 0.0, colour=colour)
+    on_mesh = seen.image.permute(0, 2, 3, 1)[seen.opacity[:, 0] > 0.99]
+    assert (on_mesh.median(dim=0).values - blue).abs().max() < 0.1
+    assert not student.optimiser.state, "the stage's own optimiser starts fresh"
+
+
 def test_changing_colours_can_be_learned_from_any_base() -> None:
     """A black and a white mesh both reach mid grey: no colour is stuck at an end of the range."""
-    from uni3d.mesh_optimiser import FieldColour
-    from uni3d.scene.radiance_field import RadianceField
-
     for level in (0.0, 1.0):
         field = RadianceField(resolutions=(2,))
         colour = FieldColour(field, lambda p, f, b, level=level: torch.full_like(p, level))

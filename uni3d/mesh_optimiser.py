@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from uni3d.config import TextTo3DConfig
 from uni3d.config_values import Schedule, value_at
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
+from uni3d.first_colours import BACKGROUND, fit_colours, teacher_pictures
 from uni3d.mesh.deformable_surface import DeformableSurface
 from uni3d.mesh.rasteriser import MeshEdges, mesh_edges
+from uni3d.mesh.source_colour import COLOUR_MARGIN
 from uni3d.mesh.surface import Surface
 from uni3d.mesh.surface_renderer import SurfaceColour, SurfaceImages, SurfaceRenderer, View, sample_lights
 from uni3d.mesh.surface_terms import laplacian, normal_consistency, sign_entropy
 from uni3d.mesh.tetrahedra import SurfaceTopology
-from uni3d.scene.camera import Cameras
+from uni3d.scene.camera import Cameras, ring_cameras
 from uni3d.scene.radiance_field import RadianceField
 from uni3d.scene.regularisers import total_variation
 from uni3d.scene_optimiser import (
@@ -45,8 +47,8 @@ from uni3d.training.distiller import Distiller
 from uni3d.training.guidance import RealLatents
 
 MAX_GRADIENT_NORM = 10.0
-# Black and white are kept this far from the ends of the sigmoid, where nothing could change them any more.
-BASE_MARGIN = 0.03
+# Coarse grids of a dense field that take the first colours: finer ones would hold the pixels of single views.
+MAX_FIRST_LEVELS = 2
 
 
 class Student(Protocol):
@@ -90,7 +92,7 @@ class FieldColour(nn.Module):
         if self.base is None:
             return colours
         with torch.no_grad():
-            base = torch.logit(self.base(points, face, barycentric), eps=BASE_MARGIN)
+            base = torch.logit(self.base(points, face, barycentric), eps=COLOUR_MARGIN)
         return torch.sigmoid(torch.logit(colours, eps=1e-6) + base)
 
 
@@ -190,6 +192,23 @@ class TextureStudent:
             parameters += group["params"]
         return descend(loss, self.optimiser, parameters, MAX_GRADIENT_NORM)
 
+    def fit(self, cameras: Cameras, pictures: Tensor, generator: torch.Generator) -> None:
+        """Make the mesh look from `cameras` roughly as in `pictures` [B, 3, H, W], of a dense field by its
+        coarse grids alone; the stage's optimiser is not used."""
+        field = self.colour.field
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        zero = torch.zeros((), device=pictures.device)
+
+        def smoothness() -> Tensor:
+            return sum(self.regularisation(0.0, generator).values(), zero)
+
+        if field.encoding == "dense":
+            num_coarse = min(MAX_FIRST_LEVELS, len(field.resolutions))
+            field.set_active_levels(num_coarse)
+            parameters = parameters[:num_coarse]
+        fit_colours(parameters, self._renderer, self.colour, cameras, pictures, smoothness)
+        field.set_active_levels(len(field.resolutions))
+
     def state_dict(self) -> dict[str, Any]:
         return {"field": self.colour.field.state_dict(), "optimiser": self.optimiser.state_dict()}
 
@@ -280,6 +299,27 @@ class MeshOptimiser:
             before_step=before_step,
             real_latents=real_latents,
         )
+
+    def paint_first_colours(self, before_step: Callable[[], object] | None = None) -> None:
+        """Start the colours from the teacher's pictures of the mesh, if this stage asks for that; once, after
+        the networks are there and before the first step. `before_step` as in `prepare`."""
+        student = self.student
+        if not isinstance(student, TextureStudent) or student.settings.first_views == 0:
+            return
+        cameras = ring_cameras(
+            student.settings.first_views, elevation_deg=20.0, fov_y_deg=self.config.cameras.fov_y_deg
+        ).to(self.device)
+        size = self.teacher.image_size
+        pictures = teacher_pictures(
+            self.distiller.contexts,
+            self.render(cameras, size, BACKGROUND).image,
+            cameras,
+            noise_level=student.settings.first_noise,
+            guidance_scale=self._value(self.guidance.guidance_scale),
+            generator=self.generator,
+            before_step=before_step,
+        )
+        student.fit(cameras, pictures, self.generator)
 
     def close(self) -> None:
         """Take the fake score's adapters off the shared teacher."""

@@ -32,8 +32,8 @@ from uni3d.stages_config import GeometryConfig, StageGuidanceConfig, StagesConfi
 
 Part = Literal["texture", "geometry", "both"]
 
-# Far noise first: a mesh that shows something else has to forget it.
-_FORGETFUL = StageGuidanceConfig(noise_max=((0.0, 0.98), (0.8, 0.3)), noise_min=((0.0, 0.4), (0.8, 0.02)))
+# The prompt's colours are there from the start, so no far noise is needed; the guidance is that of a field.
+_PAINTED = StageGuidanceConfig(guidance_scale=((0.0, 7.5), (1.0, 4.0)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class RefineConfig:
     part: Part = "texture"
     """What changes: texture, geometry or both; --texture, --geometry and --both are short for it."""
     strength: float = 1.0
-    """How far from the input, 0 to 1: the share of the noise range and of the steps that is used."""
+    """How far from the input, 0 to 1: the share of the noise, the steps and the fading that is used."""
     runs_folder: Path = Path("outputs")
     """Folder in which each run gets its own directory."""
     seed: int = 0
@@ -82,7 +82,13 @@ class RefineConfig:
     """Frames of turntable.mp4; 0 writes none."""
 
     geometry: GeometryConfig = GeometryConfig(steps=150)
-    texture: TextureConfig = TextureConfig(steps=200, guidance=_FORGETFUL)
+    texture: TextureConfig = TextureConfig(
+        steps=100,
+        learning_rate=((0.0, 0.01), (1.0, 0.003)),
+        fading=1.0,
+        first_views=6,
+        guidance=_PAINTED,
+    )
     cameras: CamerasConfig = CamerasConfig()
     fake_score: FakeScoreConfig = FakeScoreConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -106,7 +112,7 @@ class RefineConfig:
 
     def run_settings(self) -> TextTo3DConfig:
         """The same as a text-to-3D run: stages that are not asked for have no steps, and the strength is
-        spent on steps and noise."""
+        spent on steps, noise and fading."""
         geometry = self.geometry if self.part != "texture" else GeometryConfig()
         texture = self.texture if self.part != "geometry" else TextureConfig()
         return TextTo3DConfig(
@@ -132,6 +138,8 @@ class RefineConfig:
                 texture=dataclasses.replace(
                     texture,
                     steps=_steps(texture.steps, self.strength),
+                    fading=self.strength * texture.fading,
+                    first_noise=self.strength * texture.first_noise,
                     guidance=weakened(texture.guidance, self.strength),
                 ),
             ),

@@ -119,6 +119,11 @@ class StagedOptimiser:
         self._before_step = before_step
         if self.num_steps > 0:
             self.current.prepare(before_step=before_step)
+            self._paint_first_colours()
+
+    def _paint_first_colours(self) -> None:
+        if isinstance(self.current, MeshOptimiser):
+            self.current.paint_first_colours(self._before_step)
 
     def close(self) -> None:
         """Take the fake score's adapters off the shared teacher."""
@@ -148,6 +153,7 @@ class StagedOptimiser:
             self.current.go_on_with(before)
         else:
             self.current.prepare(before_step=self._before_step, real_latents=before.real_latents)
+        self._paint_first_colours()
 
     def _surface_to_go_on_with(self) -> Surface:
         """The surface as it stands, or if the field has none, that of its densest part."""
@@ -177,7 +183,8 @@ class StagedOptimiser:
         if self.source is None:
             return None
         is_own = stage == "texture" and np.array_equal(start.faces, self.source.faces)
-        return SourceColour(self.source, by_face=is_own)
+        fading = self.config.stages.texture.fading if stage == "texture" else 0.0
+        return SourceColour(self.source, by_face=is_own, fading=fading)
 
     # ------------------------------------------------------------------ what it looks like
 

@@ -107,6 +107,12 @@ class TextureConfig:
     """Adam learning rate of the colours over the stage."""
     smoothness: Schedule = ((0.0, 30.0),)
     """Squared differences of colour between neighbouring cells of the colour field."""
+    fading: float = 0.0
+    """How far a given mesh's own colours are first taken towards greys about the middle one, 0 to 1."""
+    first_views: int = 0
+    """Pictures of the mesh by the teacher that the colours start from; 0 leaves the colours as they are."""
+    first_noise: float = 0.65
+    """Noise from which the teacher paints those pictures, as a fraction of its timesteps."""
     lit: bool = False
     """Render under a changing light, so that the texture holds colours without light."""
     roughness: float = 1.0
@@ -119,6 +125,9 @@ class TextureConfig:
         check_range("texture.steps", self.steps, 0, 10_000_000)
         check_schedule("texture.learning_rate", self.learning_rate, 0.0, 10.0)
         check_schedule("texture.smoothness", self.smoothness, 0.0, 1e6)
+        check_range("texture.fading", self.fading, 0.0, 1.0)
+        check_range("texture.first_views", self.first_views, 0, 64)
+        check_range("texture.first_noise", self.first_noise, 0.0, 1.0)
         check_range("texture.roughness", self.roughness, 0.0, 1.0)
         check_range("texture.metalness", self.metalness, 0.0, 1.0)
 

@@ -384,18 +384,24 @@ class LatentDiffusionTeacher(ABC):
         *,
         guidance_scale: float,
         num_steps: int,
+        start: Tensor | None = None,
+        noise_level: float = 1.0,
         generator: Streams | None = None,
         before_step: Callable[[], object] | None = None,
     ) -> Tensor:
         """Draw latents [B, C, H, W] for `context` [B, L, E] by deterministic DDIM steps in sigma (Song et
         al. 2021), which for a rectified flow are Euler steps along its path. `before_step` is called before
-        each of them and may raise, to leave in between."""
+        each of them and may raise, to leave in between.
+
+        From the latents `start` where they are given, drowned in noise up to the fraction `noise_level` of
+        the timesteps and denoised again (SDEdit, Meng et al. 2022).
+        """
         shape = (context.shape[0], *self.latent_shape)
-        last = self.schedule.num_timesteps - 1
+        last = noise_level * (self.schedule.num_timesteps - 1)
         timesteps = torch.linspace(last, 0, num_steps + 1)[:-1].to(self.device)
         sigmas = torch.cat([self.schedule.sigma(timesteps), torch.zeros(1, device=self.device)])
         noise = normal(shape, generator).to(self.device)
-        x = noise * torch.sqrt(1 + sigmas[0] ** 2)
+        x = noise * torch.sqrt(1 + sigmas[0] ** 2) if start is None else start + sigmas[0] * noise
         for current, following in zip(sigmas[:-1], sigmas[1:], strict=True):
             if before_step is not None:
                 before_step()

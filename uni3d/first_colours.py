@@ -1,0 +1,88 @@
+"""Where a new texture starts: the teacher's own pictures of the mesh, painted on before the first step.
+
+    views of the mesh -> noise -> the teacher denoises them towards the prompt -> colours fitted to them
+
+A teacher paints one view of a given shape well, and views that disagree meet in the middle: good enough to
+begin with, whatever recipe goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from uni3d.diffusion.prompt import PromptContexts
+from uni3d.mesh.surface_renderer import SurfaceColour, SurfaceRenderer
+from uni3d.random_streams import Streams
+from uni3d.scene.camera import Cameras
+
+# Grey behind the object, as in the pictures that are judged.
+BACKGROUND = 0.7
+# Teacher passes in one batch.
+BATCH_SIZE = 4
+NUM_DENOISING_STEPS = 8
+NUM_FIT_STEPS = 80
+# Sets the error against the smoothness of the colours.
+FIT_WEIGHT = 3.0
+FIT_LEARNING_RATE = 0.05
+
+
+@torch.no_grad()
+def teacher_pictures(
+    contexts: PromptContexts,
+    images: Tensor,
+    cameras: Cameras,
+    *,
+    noise_level: float,
+    guidance_scale: float,
+    generator: Streams,
+    before_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """What the teacher makes of `images` [B, 3, H, W] in [0, 1] once they are drowned in noise up to the
+    fraction `noise_level` of its timesteps: pictures [B, 3, h, w] in [0, 1] for the prompt."""
+    teacher = contexts.teacher
+    conditioning, words = cameras.conditioning(), cameras.view_words()
+    pictures = []
+    for first in range(0, len(images), BATCH_SIZE):
+        part = slice(first, first + BATCH_SIZE)
+        context = contexts.conditional(words[part], conditioning[part])
+        latents = teacher.sample(
+            context,
+            contexts.unconditional(len(context)),
+            guidance_scale=guidance_scale,
+            num_steps=NUM_DENOISING_STEPS,
+            start=teacher.encode_images(images[part]),
+            noise_level=noise_level,
+            generator=generator,
+            before_step=before_step,
+        )
+        pictures.append(teacher.decode_latents(latents))
+    return torch.cat(pictures)
+
+
+def fit_colours(
+    parameters: list[nn.Parameter],
+    renderer: SurfaceRenderer,
+    colour: SurfaceColour,
+    cameras: Cameras,
+    pictures: Tensor,
+    smoothness: Callable[[], Tensor],
+) -> None:
+    """Move `parameters` so that the mesh in `colour` looks from `cameras` as in `pictures` [B, 3, H, W], one
+    view after the other.
+
+    What a picture shows beside the mesh counts for nothing. The error is absolute, so that where pictures
+    disagree, or one shows its background on the mesh, most of them win.
+    """
+    optimiser = torch.optim.Adam(parameters, lr=FIT_LEARNING_RATE, betas=(0.9, 0.99), eps=1e-15, fused=True)
+    for step in range(NUM_FIT_STEPS):
+        index = step % len(cameras)
+        view = slice(index, index + 1)
+        seen = renderer.render(cameras[view], pictures.shape[-1], BACKGROUND, colour=colour)
+        error = (seen.opacity.detach() * (seen.image - pictures[view])).abs().sum()
+        loss = FIT_WEIGHT * error / seen.opacity.detach().sum().clamp(min=1.0) + smoothness()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
