@@ -105,6 +105,8 @@ PROGRAMS = (
     "stages",
     "step_loop",
     "refine",
+    "refine_benchmark",
+    "first_colours",
     "scene_batch",
     "scene_meshes",
     "many_scenes",
