@@ -12,7 +12,7 @@ import pytest
 import torch
 import trimesh
 
-from uni3d import cli
+from uni3d import cli, first_colours
 from uni3d.config import CheckpointsConfig, DiscriminatorConfig, FakeScoreConfig
 from uni3d.config_loader import config_to_yaml, load_config
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
@@ -248,17 +248,18 @@ def test_faded_colours_lose_their_hue_and_keep_their_contrast(red_box: Path) -> 
     assert none[is_light].min() > 0.5 > none[~is_light].max(), "green is lighter than red, as before"
 
 
-def test_first_colours_are_those_of_the_pictures(red_box: Path) -> None:
+def test_first_colours_are_those_of_the_pictures(red_box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the teacher's pictures are blue, so is the mesh from all sides, before the first step."""
     mesh = prepare_for_refine(read_untrusted_mesh(red_box)).mesh
     colour = FieldColour(RadianceField(resolutions=(8, 16)), SourceColour(mesh, by_face=True, fading=1.0))
     student = TextureStudent(TextureConfig(), as_surface(mesh), colour)
+    monkeypatch.setattr(first_colours, "NUM_FIT_STEPS", 42)
     cameras = ring_cameras(3, elevation_deg=20.0)
     blue = torch.tensor([0.1, 0.2, 0.8])
-    student.fit(cameras, blue[:, None, None].expand(3, 3, 24, 24), torch.Generator().manual_seed(0))
+    student.fit(cameras, blue[:, None, None].expand(3, 3, 16, 16), torch.Generator().manual_seed(0))
     others = ring_cameras(4, elevation_deg=35.0)
     with torch.no_grad():
-        seen = student.renderer().render(others, 24, 0.0, colour=colour)
+        seen = student.renderer().render(others, 16, 0.0, colour=colour)
     on_mesh = seen.image.permute(0, 2, 3, 1)[seen.opacity[:, 0] > 0.99]
     assert (on_mesh.median(dim=0).values - blue).abs().max() < 0.1
     assert not student.optimiser.state, "the stage's own optimiser starts fresh"
