@@ -261,7 +261,8 @@ def test_first_colours_are_those_of_the_pictures(red_box: Path, monkeypatch: pyt
     with torch.no_grad():
         seen = student.renderer().render(others, 16, 0.0, colour=colour)
     on_mesh = seen.image.permute(0, 2, 3, 1)[seen.opacity[:, 0] > 0.99]
-    assert (on_mesh.median(dim=0).values - blue).abs().max() < 0.1
+    red, green, most = on_mesh.median(dim=0).values
+    assert most - max(red, green) > (blue[2] - blue[1]) / 2, "grey before; now most of the pictures' hue"
     assert not student.optimiser.state, "the stage's own optimiser starts fresh"
 
 
