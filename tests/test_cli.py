@@ -15,13 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import uni3d
-from uni3d import cli, commands
-from uni3d.cli_parsing import fold_box, option_value
-from uni3d.config import TextTo3DConfig
-from uni3d.config_loader import config_to_yaml
+from uni3d import cli
+from uni3d.commands import information
+from uni3d.commands.parsing import fold_box, option_value
+from uni3d.config.loader import config_to_yaml
+from uni3d.config.presets import quality_preset
+from uni3d.config.text_to_3d import TextTo3DConfig
 from uni3d.errors import Interrupted, MissingWeightsError, UsageError
 from uni3d.outputs import check_output_file, check_output_folder
-from uni3d.presets import quality_preset
 from uni3d.prompts import MAX_PROMPT_LENGTH, check_prompt, prompt_slug
 
 ALL_COMMANDS = [command.words for command in cli.COMMANDS]
@@ -204,7 +205,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> list[TextTo3DConfig]:
         print("a library that chats on stdout")
         return SimpleNamespace(output=Path("mesh.glb"), as_dict=lambda: {"output": "mesh.glb", "seed": 1})
 
-    monkeypatch.setitem(sys.modules, "uni3d.text_to_3d", SimpleNamespace(generate=generate))
+    monkeypatch.setitem(sys.modules, "uni3d.text_to_3d.pipeline", SimpleNamespace(generate=generate))
     return calls
 
 
@@ -288,7 +289,7 @@ def test_errors_become_codes(
     def fail(arguments: list[str]) -> int:
         raise error
 
-    monkeypatch.setattr(commands, "methods", fail)
+    monkeypatch.setattr(information, "methods", fail)
     assert cli.main(["methods"]) == code
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.count("\n") == 1

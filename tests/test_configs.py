@@ -12,12 +12,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from uni3d.config import TextTo3DConfig
-from uni3d.config_loader import config_to_dict, config_to_yaml, load_config
-from uni3d.config_values import DIVERGENCE_NAMES, METHOD_NAMES, parse_divergence, value_at
+from uni3d.config.loader import config_to_dict, config_to_yaml, load_config
+from uni3d.config.presets import load_run_config, quality_preset
+from uni3d.config.refine import RefineConfig
+from uni3d.config.text_to_3d import TextTo3DConfig
+from uni3d.config.values import DIVERGENCE_NAMES, METHOD_NAMES, parse_divergence, value_at
 from uni3d.errors import ConfigError
-from uni3d.presets import load_run_config, quality_preset
-from uni3d.refine_config import RefineConfig
 from uni3d.resources import resource_path, weights_folder
 
 CONFIGS = resource_path("configs")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 import uni3d
-from uni3d.config_values import suggestion
+from uni3d.config.values import suggestion
 from uni3d.errors import Interrupted, MissingPackageError, Uni3DError, UsageError
 
 
@@ -33,29 +33,29 @@ class Command:
 
 
 COMMANDS = (
-    Command("generate", "make a textured mesh from a prompt", "uni3d.commands:generate"),
-    Command("refine", "retexture or reshape a mesh by a prompt", "uni3d.refine_commands:refine"),
-    Command("inspect", "figures of a mesh file and how it was made", "uni3d.commands:inspect"),
+    Command("generate", "make a textured mesh from a prompt", "uni3d.commands.generate:generate"),
+    Command("refine", "retexture or reshape a mesh by a prompt", "uni3d.commands.refine:refine"),
+    Command("inspect", "figures of a mesh file and how it was made", "uni3d.commands.information:inspect"),
     Command(
         "evaluate",
         "score meshes or images",
-        "uni3d.evaluation_commands:evaluate",
+        "uni3d.commands.evaluation:evaluate",
     ),
-    Command("benchmark", "compare methods over prompts and seeds", "uni3d.benchmark_commands:benchmark"),
-    Command("methods", "list the guidance methods and what they cost", "uni3d.commands:methods"),
-    Command("doctor", "versions, devices, weights and optional packages", "uni3d.commands:doctor"),
-    Command("dataset", "check a set of images, or write it as an EDM zip", "uni3d.dataset_commands:dataset"),
-    Command("import-edm", "convert a network pickle of EDM, safely", "uni3d.edm_commands:import_edm"),
-    Command("train-teacher", "train an EDM image teacher", "uni3d.image_commands:train_teacher"),
-    Command("distill", "distil a one-step image generator from it", "uni3d.image_commands:distill"),
-    Command("sample", "make images with a network of EDM or a student", "uni3d.sample_commands:sample"),
-    Command("reference", "measure real images for `evaluate`", "uni3d.image_evaluation_commands:reference"),
-    Command("teacher render", "render a folder of 3D assets for training", "uni3d.teacher_commands:render"),
-    Command("teacher train", "train a teacher on such renders", "uni3d.teacher_commands:train"),
-    Command("teacher sample", "draw a grid of a teacher's samples", "uni3d.teacher_commands:sample"),
-    Command("teacher vocabulary", "list the words a teacher knows", "uni3d.teacher_commands:vocabulary"),
-    Command("teacher evaluate", "measure a teacher's samples", "uni3d.evaluation_commands:evaluate_teacher"),
-    Command("evaluator train", "train the model that measures", "uni3d.evaluation_commands:train_evaluator"),
+    Command("benchmark", "compare methods over prompts and seeds", "uni3d.commands.benchmark:benchmark"),
+    Command("methods", "list the guidance methods and what they cost", "uni3d.commands.information:methods"),
+    Command("doctor", "versions, devices, weights, optional packages", "uni3d.commands.information:doctor"),
+    Command("dataset", "check a set of images, or write it as an EDM zip", "uni3d.commands.dataset:dataset"),
+    Command("import-edm", "convert a network pickle of EDM, safely", "uni3d.commands.edm:import_edm"),
+    Command("train-teacher", "train an EDM image teacher", "uni3d.commands.images:train_teacher"),
+    Command("distill", "distil a one-step image generator from it", "uni3d.commands.images:distill"),
+    Command("sample", "make images with a network of EDM or a student", "uni3d.commands.sample:sample"),
+    Command("reference", "measure real images for `evaluate`", "uni3d.commands.image_evaluation:reference"),
+    Command("teacher render", "render a folder of 3D assets for training", "uni3d.commands.teacher:render"),
+    Command("teacher train", "train a teacher on such renders", "uni3d.commands.teacher:train"),
+    Command("teacher sample", "draw a grid of a teacher's samples", "uni3d.commands.teacher:sample"),
+    Command("teacher vocabulary", "list the words a teacher knows", "uni3d.commands.teacher:vocabulary"),
+    Command("teacher evaluate", "measure a teacher's samples", "uni3d.commands.evaluation:evaluate_teacher"),
+    Command("evaluator train", "train the model that measures", "uni3d.commands.evaluation:train_evaluator"),
 )
 
 HELP = """\

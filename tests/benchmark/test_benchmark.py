@@ -20,7 +20,8 @@ from uni3d.benchmark.pages import summary_markdown
 from uni3d.benchmark.plan import chosen_variants
 from uni3d.benchmark.scores import Judges, judge_product, read_embeddings, run_figures
 from uni3d.benchmark.settings import BenchmarkConfig, BudgetConfig, TuningConfig, ViewsConfig
-from uni3d.config import (
+from uni3d.config.loader import load_variants
+from uni3d.config.text_to_3d import (
     DiscriminatorConfig,
     FieldConfig,
     MeshConfig,
@@ -28,7 +29,6 @@ from uni3d.config import (
     RendererConfig,
     TextTo3DConfig,
 )
-from uni3d.config_loader import load_variants
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import ConfigError, MissingWeightsError
 from uni3d.evaluation.settings import MeshQualitySettings

@@ -10,7 +10,7 @@ import torch
 
 from uni3d.benchmark.budgets import PassCounter, Passes, StepCost, measure_step_cost
 from uni3d.benchmark.pictures import PictureOptimiser
-from uni3d.config import DiscriminatorConfig, FakeScoreConfig, GuidanceConfig, TextTo3DConfig
+from uni3d.config.text_to_3d import DiscriminatorConfig, FakeScoreConfig, GuidanceConfig, TextTo3DConfig
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import UsageError
 from uni3d.losses import recipes

@@ -9,11 +9,11 @@ import pytest
 
 from uni3d.benchmark.plan import all_prompts, candidate_settings, chosen_variants, hold_settings, made_prompts
 from uni3d.benchmark.settings import BenchmarkConfig, BudgetConfig, TuningConfig
-from uni3d.config import TextTo3DConfig
-from uni3d.config_loader import load_config, load_variants
+from uni3d.config.loader import load_config, load_variants
+from uni3d.config.text_to_3d import TextTo3DConfig
 from uni3d.errors import ConfigError
 from uni3d.resources import resource_path
-from uni3d.scene_optimiser import resolve_recipe, stage_recipe
+from uni3d.text_to_3d.scene_optimiser import resolve_recipe, stage_recipe
 
 DIVERGENCES = ("forward-kl", "reverse-kl", "jeffreys", "js", "pearson-chi2", "softened-reverse-kl")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_pipelines import IMAGE_SIZE, tiny_unet, write_tiny_pipeline
 
-from uni3d.config import (
+from uni3d.config.text_to_3d import (
     DiscriminatorConfig,
     FakeScoreConfig,
     FieldConfig,
@@ -31,7 +31,7 @@ from uni3d.diffusion.lora_score import LoRAFakeScore, check_fake_base, pose_matr
 from uni3d.diffusion.prompt import PromptContexts
 from uni3d.errors import MissingWeightsError, UsageError
 from uni3d.scene.camera import Cameras
-from uni3d.scene_optimiser import SceneOptimiser
+from uni3d.text_to_3d.scene_optimiser import SceneOptimiser
 
 KINDS = ("sd", "sdxl", "sd3")
 WITHOUT_T5 = "sd3-without-t5"

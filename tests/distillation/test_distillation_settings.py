@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from uni3d.config_loader import config_to_dict, load_config
+from uni3d.config.loader import config_to_dict, load_config
 from uni3d.diffusion.edm import EDMDenoiser
 from uni3d.diffusion.edm_config import preset
 from uni3d.distillation.settings import (

@@ -15,11 +15,11 @@ from test_sample_command import STUDENT, run
 from torch import nn
 
 from uni3d import cli
+from uni3d.commands.image_evaluation import image_kind, wants_images
 from uni3d.evaluation import fidelity_nets
 from uni3d.evaluation.fidelity_nets import file_checksum
 from uni3d.evaluation.fidelity_reference import read_reference
 from uni3d.evaluation.image_tower import EfficientNetTower, TowerShape
-from uni3d.image_evaluation_commands import image_kind, wants_images
 
 NET = "efficientnet_lite0"
 SHAPE = TowerShape((8,) * 7, (1,) * 7, stem_channels=8, head_channels=8)

@@ -11,7 +11,7 @@ from network_folders import write_network
 from PIL import Image
 
 from uni3d import cli
-from uni3d.cli_parsing import read_numbers
+from uni3d.commands.parsing import read_numbers
 from uni3d.data.image_readers import open_images
 from uni3d.diffusion.edm import CONFIG_NAME, WEIGHTS_NAME
 from uni3d.errors import UsageError

@@ -13,7 +13,7 @@ import torch
 from distillation_fixtures import distill_config, random_network, save_teacher, teacher_config
 from torch import Tensor
 
-from uni3d.config_values import DIVERGENCE_NAMES
+from uni3d.config.values import DIVERGENCE_NAMES
 from uni3d.diffusion import edm
 from uni3d.distillation.draws import Drawer
 from uni3d.distillation.image_batches import open_source

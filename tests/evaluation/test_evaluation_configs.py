@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from uni3d.config_loader import load_config
+from uni3d.config.loader import load_config
 from uni3d.errors import ConfigError
 from uni3d.evaluation.settings import EvaluatorSettings, MeshQualitySettings, TeacherQualitySettings
 from uni3d.resources import resource_path

@@ -250,7 +250,7 @@ def test_gradients_of_parts_add_up() -> None:
 
 
 def test_the_shipped_settings_are_the_defaults() -> None:
-    from uni3d.config_loader import load_config
+    from uni3d.config.loader import load_config
     from uni3d.resources import resource_path
     from uni3d.teacher.settings import TeacherConfig
 

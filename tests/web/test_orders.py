@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from web_fixtures import order, settings_in
 
-from uni3d.commands import read_generate_options
-from uni3d.config import TextTo3DConfig
+from uni3d.commands.generate import read_generate_options
+from uni3d.config.presets import load_run_config
+from uni3d.config.text_to_3d import TextTo3DConfig
 from uni3d.errors import UsageError
-from uni3d.presets import load_run_config
-from uni3d.scene_optimiser import resolve_recipe
+from uni3d.text_to_3d.scene_optimiser import resolve_recipe
 from uni3d.web.orders import (
     METHODS,
     METHODS_WITH_DIVERGENCE,

@@ -10,8 +10,8 @@ import pytest
 import trimesh
 from web_fixtures import ALICE, order, settings_in, wait_for
 
-from uni3d.config_loader import load_config
-from uni3d.presets import quality_preset
+from uni3d.config.loader import load_config
+from uni3d.config.presets import quality_preset
 from uni3d.web.job_queue import JobQueue
 from uni3d.web.jobs import Job, JobStore
 from uni3d.web.supervisor import Supervisor

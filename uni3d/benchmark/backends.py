@@ -21,7 +21,7 @@ from torch import Tensor
 from uni3d.benchmark.budgets import Optimiser, PassCounter
 from uni3d.benchmark.machine import PeakMemory
 from uni3d.benchmark.pictures import PictureOptimiser
-from uni3d.config import TextTo3DConfig
+from uni3d.config.text_to_3d import TextTo3DConfig
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import UsageError
 from uni3d.evaluation.mesh_quality import RenderedMesh, render_mesh
@@ -29,8 +29,8 @@ from uni3d.evaluation.settings import MeshQualitySettings
 from uni3d.mesh.report import mesh_report
 from uni3d.mesh.turntable import write_turntable
 from uni3d.scene.camera import Cameras
-from uni3d.scene_optimiser import SceneOptimiser
-from uni3d.text_to_3d import TextTo3DPipeline
+from uni3d.text_to_3d.pipeline import TextTo3DPipeline
+from uni3d.text_to_3d.scene_optimiser import SceneOptimiser
 from uni3d.training.checkpoint import atomic_write
 from uni3d.training.run_log import NonFiniteGuard
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from uni3d.benchmark.work_list import claim
-from uni3d.config import TextTo3DConfig
+from uni3d.config.text_to_3d import TextTo3DConfig
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import UsageError
 from uni3d.training.checkpoint import atomic_write_json

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uni3d.config import TextTo3DConfig
-from uni3d.config_values import Schedule, value_at
+from uni3d.config.text_to_3d import TextTo3DConfig
+from uni3d.config.values import Schedule, value_at
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.scene.camera import Cameras
-from uni3d.scene_optimiser import (
+from uni3d.text_to_3d.scene_optimiser import (
     StepReport,
     build_distiller,
     noise_and_scale,

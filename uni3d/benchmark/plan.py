@@ -10,15 +10,15 @@ from typing import Any
 
 from uni3d.benchmark.settings import BenchmarkConfig
 from uni3d.benchmark.work_list import claim
-from uni3d.config import TextTo3DConfig
-from uni3d.config_loader import config_to_dict, config_to_yaml, load_config, load_variants
-from uni3d.config_values import Schedule, check_name
+from uni3d.config.loader import config_to_dict, config_to_yaml, load_config, load_variants
+from uni3d.config.text_to_3d import TextTo3DConfig
+from uni3d.config.values import Schedule, check_name
 from uni3d.errors import ConfigError, UsageError
 from uni3d.evaluation.benchmark_nouns import read_prompts
-from uni3d.memory import fitted
 from uni3d.prompts import check_prompt
 from uni3d.resources import resource_path
-from uni3d.scene_optimiser import stage_recipe
+from uni3d.text_to_3d.memory import fitted
+from uni3d.text_to_3d.scene_optimiser import stage_recipe
 from uni3d.training.checkpoint import atomic_write_text
 
 SHIPPED_VARIANTS = ("methods", "ablations")

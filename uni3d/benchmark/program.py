@@ -32,16 +32,16 @@ from uni3d.benchmark.settings import BenchmarkConfig
 from uni3d.benchmark.summary import summarise
 from uni3d.benchmark.teacher_samples import TeacherSamples
 from uni3d.benchmark.work_list import Job, WorkList
-from uni3d.config import TextTo3DConfig
-from uni3d.config_loader import config_to_dict
+from uni3d.config.loader import config_to_dict
+from uni3d.config.text_to_3d import TextTo3DConfig
 from uni3d.errors import UsageError
 from uni3d.evaluation.evaluator import Evaluator
 from uni3d.evaluation.image_reward import ImageReward
 from uni3d.evaluation.retrieval import ClipEmbedding
 from uni3d.evaluation.settings import MeshQualitySettings
-from uni3d.network_setup import load_teacher
 from uni3d.scene.camera import Cameras
-from uni3d.text_to_3d import choose_device
+from uni3d.text_to_3d.network_setup import load_teacher
+from uni3d.text_to_3d.pipeline import choose_device
 from uni3d.training.checkpoint import atomic_write_json, atomic_write_text
 from uni3d.training.stop import StopFlag
 

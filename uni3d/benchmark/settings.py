@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from uni3d.config import TextTo3DConfig
-from uni3d.config_values import check_range, check_ranges
+from uni3d.config.text_to_3d import TextTo3DConfig
+from uni3d.config.values import check_range, check_ranges
 from uni3d.errors import ConfigError
 
 Scene = Literal["field", "images"]

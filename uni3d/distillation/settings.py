@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from uni3d.config_values import MAX_SEED, METHOD_NAMES, check_name, check_ranges, parse_divergence
+from uni3d.config.values import MAX_SEED, METHOD_NAMES, check_name, check_ranges, parse_divergence
 from uni3d.diffusion.edm_config import Body, EDMConfig, preset
 from uni3d.errors import ConfigError
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uni3d.config_loader import config_to_yaml
+from uni3d.config.loader import config_to_yaml
 from uni3d.data.image_dataset import ImageDataset
 from uni3d.diffusion.discriminator import DiscriminatorHead
 from uni3d.diffusion.edm import EDMDenoiser

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from uni3d.config_values import MAX_SEED, check_ranges
+from uni3d.config.values import MAX_SEED, check_ranges
 from uni3d.errors import ConfigError
 
 Range = tuple[float, float]

@@ -81,7 +81,7 @@ def load_examples(folder: Path | None) -> list[Example]:
 
 def make_examples(folder: Path, quality: str = "draft") -> None:
     """Make what is missing below `folder`, one after the other."""
-    from uni3d.text_to_3d import generate
+    from uni3d.text_to_3d.pipeline import generate
 
     for number, prompt in enumerate(EXAMPLE_PROMPTS, start=1):
         target = folder / f"{number:02d}-{prompt_slug(prompt)}"

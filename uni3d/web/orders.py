@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
-from uni3d.config import CheckpointsConfig, Quality, TextTo3DConfig
-from uni3d.config_loader import config_to_yaml
-from uni3d.config_values import DIVERGENCE_NAMES, check_name, check_range
+from uni3d.config.loader import config_to_yaml
+from uni3d.config.presets import quality_preset
+from uni3d.config.text_to_3d import CheckpointsConfig, Quality, TextTo3DConfig
+from uni3d.config.values import DIVERGENCE_NAMES, check_name, check_range
 from uni3d.errors import UsageError
-from uni3d.presets import quality_preset
 from uni3d.prompts import check_prompt
 from uni3d.web.settings import WebSettings
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from uni3d.config import TextTo3DConfig
-from uni3d.config_values import DIVERGENCE_NAMES
+from uni3d.config.presets import PRESET_FILES
+from uni3d.config.text_to_3d import TextTo3DConfig
+from uni3d.config.values import DIVERGENCE_NAMES
 from uni3d.errors import MissingPackageError, Uni3DError, UsageError
-from uni3d.presets import PRESET_FILES
 from uni3d.prompts import MAX_PROMPT_LENGTH
 from uni3d.web import views
 from uni3d.web.desk import EXAMPLE, OWN_DIVERGENCE, Desk, read_order, seed_of, text_of

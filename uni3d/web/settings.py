@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uni3d.config_values import check_range
+from uni3d.config.values import check_range
 from uni3d.errors import UsageError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from uni3d.presets import PRESET_FILES
+from uni3d.config.presets import PRESET_FILES
 from uni3d.web.jobs import Job, JobStore
 from uni3d.web.orders import Order, num_steps, run_config
 from uni3d.web.settings import WebSettings
@@ -80,11 +80,11 @@ def try_steps(settings: WebSettings, leave_if_asked: Callable[[], object]) -> No
 
 
 def _seconds_of_a_job(quality: str, settings: WebSettings, leave_if_asked: Callable[[], object]) -> float:
-    from uni3d import text_to_3d
+    from uni3d.text_to_3d import pipeline
 
     ends: list[float] = []
 
-    class Watch(text_to_3d.RunWatch):
+    class Watch(pipeline.RunWatch):
         def before_denoising(self) -> None:
             leave_if_asked()
 
@@ -98,7 +98,7 @@ def _seconds_of_a_job(quality: str, settings: WebSettings, leave_if_asked: Calla
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=settings.jobs_folder) as runs:
         try:
-            text_to_3d.generate(run_config(order, settings, runs_folder=Path(runs)), watch=Watch())
+            pipeline.generate(run_config(order, settings, runs_folder=Path(runs)), watch=Watch())
         except _Enough:
             pass
     if len(ends) < 2:  # a server that allows a step or two

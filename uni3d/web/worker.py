@@ -183,9 +183,9 @@ def make_mesh(job: Job, settings: WebSettings, folder: Path, progress: JobProgre
         _remove_runs(folder)
         return
     progress.enter("loading the teacher")
-    from uni3d import text_to_3d
+    from uni3d.text_to_3d import pipeline
 
-    class Watch(text_to_3d.RunWatch):
+    class Watch(pipeline.RunWatch):
         def before_denoising(self) -> None:
             progress.enter("asking the teacher for samples")
 
@@ -199,7 +199,7 @@ def make_mesh(job: Job, settings: WebSettings, folder: Path, progress: JobProgre
     runs = sorted(folder.glob("*/config.yaml"))
     if runs:
         config = dataclasses.replace(config, resume=runs[0].parent)
-    result = text_to_3d.generate(config, watch=Watch())
+    result = pipeline.generate(config, watch=Watch())
     progress.leave_if_asked()  # to cancel is possible as long as there is nothing to show
     keep_results(result.run_directory, folder, job, settings, result.report["mesh"])
 

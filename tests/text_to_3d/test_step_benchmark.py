@@ -1,0 +1,49 @@
+"""The benchmark of a text-to-3D step runs at tiny sizes on the CPU and says what it should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from uni3d.text_to_3d.step_benchmark import KINDS, THREESTUDIO, main, network_flops
+from uni3d.text_to_3d.threestudio_step import ThreestudioStep
+
+
+def test_the_table_has_a_row_for_every_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "step.json"
+    arguments = ["--shapes", "tiny", "--device", "cpu", "--resolution", "16", "--samples", "8"]
+    assert (
+        main([*arguments, "--warmup", "0", "--repeats", "1", "--matrix-size", "32", "--output", str(output)])
+        == 0
+    )
+    result = json.loads(output.read_text())
+    assert list(result["steps"]) == [*KINDS, THREESTUDIO]
+    for name, figures in result["steps"].items():
+        assert figures["median_ms"] > 0 and figures["tflops_per_s"] > 0
+        assert name == THREESTUDIO or {"render", "encoder"} <= figures["parts_ms"].keys()
+    assert result["speedup_of_vsd"] > 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in result["steps"])
+
+
+def test_stable_diffusions_work_is_the_published_one() -> None:
+    """0.80 TFLOP a pass of the UNet at 64 x 64 latents and 1.12 of the encoder at 512 px."""
+    unet, encoder = network_flops("sd21")
+    assert unet / 1e12 == pytest.approx(0.80, abs=0.02)
+    assert encoder / 1e12 == pytest.approx(1.12, abs=0.05)
+
+
+def test_the_other_structure_trains_everything() -> None:
+    step = ThreestudioStep(shapes="tiny", device=torch.device("cpu"), resolution=16, samples_per_ray=8)
+    trained = {"field": step.field, "camera": step.camera_embedding}
+    before = {name: [p.detach().clone() for p in module.parameters()] for name, module in trained.items()}
+    adapters = [parameter.detach().clone() for parameter in step._adapters]
+    step()
+    for name, module in trained.items():
+        assert any(not torch.equal(a, b) for a, b in zip(before[name], module.parameters(), strict=True)), (
+            name
+        )
+    assert any(not torch.equal(a, b) for a, b in zip(adapters, step._adapters, strict=True))

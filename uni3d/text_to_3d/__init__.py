@@ -1,0 +1,1 @@
+"""The text-to-3D programs, which put the rooms together."""

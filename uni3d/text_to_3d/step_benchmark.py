@@ -1,0 +1,270 @@
+"""How long a text-to-3D step takes on networks of Stable Diffusion's shapes, rendering included.
+
+    python -m uni3d.text_to_3d.step_benchmark --device cuda --output step.json
+
+Times the steps of SDS, VSD and both forms of Uni-Instruct as `uni3d generate` takes them, at random weights
+(time and memory do not depend on them), and the same VSD step structured as threestudio structures it. Says
+how much of the card's measured matrix rate each uses, what its parts take alone, and the peak memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from uni3d.config.text_to_3d import (
+    DiscriminatorConfig,
+    FakeScoreConfig,
+    FieldConfig,
+    GuidanceConfig,
+    RegularisersConfig,
+    RendererConfig,
+    TextTo3DConfig,
+)
+from uni3d.device_clock import count_host_waits
+from uni3d.diffusion.acceleration import accelerate
+from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
+from uni3d.distillation.benchmark_step import matrix_rate
+from uni3d.text_to_3d.random_teacher import random_teacher
+from uni3d.text_to_3d.scene_optimiser import SceneOptimiser
+from uni3d.text_to_3d.threestudio_step import ThreestudioStep
+from uni3d.timing_program import argument_parser, keep_figures, say
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """One row of the table: a method, and its network work in forward passes of the UNet and the encoder."""
+
+    method: str
+    divergence: str | None
+    guidance: GuidanceConfig
+    unet_passes: float
+    encoder_passes: float = 2.0
+
+
+# A backward pass to the input, or to the adapters through frozen weights, counts as one forward pass; half a
+# pass is the first half of the network, on the discriminator's real sample.
+KINDS = {
+    "SDS": StepKind("sds", None, GuidanceConfig(guidance_scale=((0.0, 100.0),)), 2),
+    "VSD": StepKind("vsd", None, GuidanceConfig(), 4),
+    "Uni-Instruct, score difference": StepKind("uni-instruct", "forward_kl", GuidanceConfig(), 4.5),
+    "Uni-Instruct, exact": StepKind("uni-instruct", "forward_kl", GuidanceConfig(variant="exact"), 7.5),
+}
+THREESTUDIO = "VSD as threestudio structures it"
+THREESTUDIO_PASSES = 6.0  # teacher 2, LoRA 2, training 1 + 1
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What is timed."""
+
+    shapes: str = "sd21"
+    device: str = "cuda"
+    resolution: int = 512
+    samples_per_ray: int = 64
+    compile: str = "auto"
+    num_warmup: int = 10
+    num_repeats: int = 30
+    matrix_size: int = 8192
+
+
+def build_step(kind: StepKind, settings: BenchmarkSettings) -> tuple[SceneOptimiser, LatentDiffusionTeacher]:
+    """The optimiser of `uni3d generate` for this row, ready to step."""
+    device = torch.device(settings.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    teacher = random_teacher(settings.shapes, device=device, dtype=dtype)
+    accelerate(teacher, settings.compile)
+    config = TextTo3DConfig(
+        prompt="a random prompt",
+        method=kind.method,
+        divergence=kind.divergence,
+        steps=100_000,
+        guidance=kind.guidance,
+        # A hash grid of full size would take a tiny run's time.
+        field=FieldConfig(encoding="hash" if settings.shapes == "sd21" else "dense"),
+        regularisers=RegularisersConfig(smoothness=((0.0, 0.0),), colour_smoothness=((0.0, 0.0),)),
+        renderer=RendererConfig(
+            resolution=((0.0, float(settings.resolution)),), samples_per_ray=settings.samples_per_ray
+        ),
+        fake_score=FakeScoreConfig(lora_rank=4, warmup_steps=0),
+        discriminator=DiscriminatorConfig(num_real_samples=4, sampling_steps=2),
+    )
+    optimiser = SceneOptimiser(config, teacher)
+    optimiser.prepare()
+    return optimiser, teacher
+
+
+def time_step(step: Step, settings: BenchmarkSettings) -> dict[str, Any]:
+    """Milliseconds of whole steps by the host's clock, the device drained before and after all of them."""
+    is_cuda = settings.device.startswith("cuda")
+    for _ in range(settings.num_warmup):
+        step()
+    waits = count_host_waits(step) if is_cuda else None
+    if is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    times, started = [], time.perf_counter()
+    issued = 0.0
+    for _ in range(settings.num_repeats):
+        begun = time.perf_counter()
+        step()
+        issued += time.perf_counter() - begun
+        if is_cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        times.append((now - started) * 1e3)
+        started = now
+    return {
+        "median_ms": statistics.median(times),
+        "min_ms": min(times),
+        "max_ms": max(times),
+        "host_ms": issued / settings.num_repeats * 1e3,
+        "host_waits": waits,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if is_cuda else 0.0,
+    }
+
+
+def time_parts(
+    optimiser: SceneOptimiser, teacher: LatentDiffusionTeacher, settings: BenchmarkSettings
+) -> dict[str, float]:
+    """Milliseconds of the parts of a step timed alone, each with its backward pass where it has one."""
+    device = teacher.device
+    image = torch.rand(1, 3, settings.resolution, settings.resolution, device=device, requires_grad=True)
+    latent = torch.randn(1, *teacher.latent_shape, device=device)
+    sigma = torch.ones(1, device=device)
+    context = optimiser.distiller.contexts.negative
+    camera = optimiser._sample_cameras(1)
+    fake = optimiser.distiller.fake_score
+
+    def rendering() -> None:
+        optimiser.render(camera, settings.resolution, 0.5, training=True).image.sum().backward()
+
+    def encoding() -> None:
+        teacher.encode_images(image).sum().backward()
+
+    def asking_the_teacher() -> None:
+        with torch.no_grad():
+            teacher.predict_guided_x0(latent, sigma, context, context, 7.5)
+
+    def training_the_fake_score() -> None:
+        assert fake is not None
+        fake.predict_x0(latent, sigma, context, camera.conditioning()).sum().backward()
+
+    parts: dict[str, Step] = {
+        "render": rendering,
+        "encoder": encoding,
+        "teacher, guided": asking_the_teacher,
+        "field optimiser": optimiser.field_optimiser.step,
+    }
+    if fake is not None:
+        parts["fake score, forward and backward"] = training_the_fake_score
+    figures = {}
+    for name, part in parts.items():
+        figures[name] = time_step(part, settings)["median_ms"]
+        optimiser.field_optimiser.zero_grad(set_to_none=False)
+    return figures
+
+
+def network_flops(shapes: str) -> tuple[float, float]:
+    """Operations of one forward pass of (the UNet, the encoder) on one sample, counted without running."""
+    teacher = random_teacher(shapes, device=torch.device("meta"), dtype=torch.float32)
+    latent = torch.empty(1, *teacher.latent_shape, device="meta")
+    context = torch.empty(1, 77, teacher.context_width, device="meta")
+    image = torch.empty(1, 3, teacher.image_size, teacher.image_size, device="meta")
+    counts = []
+    for run in (
+        lambda: teacher.call_network(latent, torch.empty(1, device="meta"), context),
+        lambda: teacher.eager_encode(image),
+    ):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run()
+        counts.append(float(counter.get_total_flops()))
+    return counts[0], counts[1]
+
+
+def run_benchmark(
+    settings: BenchmarkSettings, *, report: Callable[[str], object] = lambda line: None
+) -> dict[str, Any]:
+    """Time everything; plain data for JSON. `report` is told each line of the table."""
+    device = torch.device(settings.device)
+    torch.backends.cudnn.benchmark = True
+    unet, encoder = network_flops(settings.shapes)
+    rate = matrix_rate(device, size=settings.matrix_size)
+    result: dict[str, Any] = {
+        "settings": dataclasses.asdict(settings),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "forward_tflop": {"unet": unet / 1e12, "encoder": encoder / 1e12},
+        "matrix_tflops_per_s": rate / 1e12,
+        "steps": {},
+    }
+    report(
+        f"{result['device']}, {settings.shapes}, {settings.resolution} px: UNet {unet / 1e12:.3g} TFLOP, "
+        f"encoder {encoder / 1e12:.3g}, bfloat16 products {rate / 1e12:.3g} TFLOP/s"
+    )
+    report(f"{'step':<34}{'ms':>9}{'host ms':>9}{'waits':>7}{'TFLOP/s':>9}{'of rate':>9}{'GiB':>7}")
+
+    def row(name: str, step: Step, passes: float, encoder_passes: float) -> dict[str, Any]:
+        figures = time_step(step, settings)
+        speed = (passes * unet + encoder_passes * encoder) / (figures["median_ms"] / 1e3)
+        figures |= {"tflops_per_s": speed / 1e12, "share_of_matrix_rate": speed / rate}
+        waits = "-" if figures["host_waits"] is None else figures["host_waits"]
+        report(
+            f"{name:<34}{figures['median_ms']:>9.2f}{figures['host_ms']:>9.2f}{waits:>7}"
+            f"{speed / 1e12:>9.2f}{speed / rate:>9.1%}{figures['peak_memory_gib']:>7.2f}"
+        )
+        return figures
+
+    for name, kind in KINDS.items():
+        optimiser, teacher = build_step(kind, settings)
+        result["steps"][name] = row(name, optimiser.step, kind.unet_passes, kind.encoder_passes)
+        parts = time_parts(optimiser, teacher, settings)
+        result["steps"][name]["parts_ms"] = parts
+        report("    " + ", ".join(f"{part} {value:.2f}" for part, value in parts.items()))
+        optimiser.close()
+        del optimiser, teacher
+    other = ThreestudioStep(shapes=settings.shapes, device=device, resolution=settings.resolution)
+    result["steps"][THREESTUDIO] = row(THREESTUDIO, other, THREESTUDIO_PASSES, 2.0)
+    result["speedup_of_vsd"] = result["steps"][THREESTUDIO]["median_ms"] / result["steps"]["VSD"]["median_ms"]
+    report(f"VSD against that structure: {result['speedup_of_vsd']:.1f} times faster")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m uni3d.text_to_3d.step_benchmark`."""
+    defaults = BenchmarkSettings()
+    parser = argument_parser("uni3d.text_to_3d.step_benchmark", __doc__)
+    parser.add_argument("--shapes", default=defaults.shapes, choices=["sd21", "tiny"])
+    parser.add_argument("--resolution", type=int, default=defaults.resolution, help="of the render, pixels")
+    parser.add_argument("--samples", type=int, default=defaults.samples_per_ray, help="across the cube")
+    parser.add_argument("--compile", default="auto", choices=["auto", "off", "compile", "graphs"])
+    parser.add_argument("--warmup", type=int, default=defaults.num_warmup)
+    parser.add_argument("--repeats", type=int, default=defaults.num_repeats)
+    parser.add_argument("--matrix-size", type=int, default=defaults.matrix_size)
+    given = parser.parse_args(arguments)
+    settings = BenchmarkSettings(
+        shapes=given.shapes,
+        device=given.device,
+        resolution=given.resolution,
+        samples_per_ray=given.samples,
+        compile=given.compile,
+        num_warmup=given.warmup,
+        num_repeats=given.repeats,
+        matrix_size=given.matrix_size,
+    )
+    result = run_benchmark(settings, report=say)
+    keep_figures(result, given.output)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
