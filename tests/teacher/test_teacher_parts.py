@@ -161,12 +161,16 @@ def test_whitening_keeps_images_and_normalises_latents() -> None:
 def test_autoencoder_loss_punishes_lost_colour_more_than_lost_light() -> None:
     config = tiny_config().autoencoder
     images = torch.zeros(2, 3, SIZE, SIZE)
-    batch = ViewBatch(images, torch.ones(2, 1, SIZE, SIZE), torch.zeros(2, 4), torch.zeros(2, 5))
+    whole = torch.ones(2, 1, SIZE, SIZE)
     light = images + 0.1
     colour = images + torch.tensor([0.15, -0.15, 0.0])[:, None, None]
     zero = torch.zeros(2)
-    assert autoencoder_loss(images, batch, zero, config) == 0
-    assert autoencoder_loss(colour, batch, zero, config) > 1.5 * autoencoder_loss(light, batch, zero, config)
+
+    def loss_of(reconstruction: torch.Tensor) -> torch.Tensor:
+        return autoencoder_loss(reconstruction, images, whole, zero, config)
+
+    assert loss_of(images) == 0
+    assert loss_of(colour) > 1.5 * loss_of(light)
     left_half = torch.zeros(2, 1, SIZE, SIZE)
     left_half[..., : SIZE // 2] = 1.0
     metrics = reconstruction_metrics(light, images, torch.ones(2, 1, SIZE, SIZE))

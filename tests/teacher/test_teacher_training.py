@@ -228,7 +228,7 @@ def test_compile_ahead_runs_without_a_gpu() -> None:
 
 def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Behave as if SIGTERM arrived while the denoiser's step number `step` ran."""
-    original = denoiser_training.accumulate_gradients
+    original = denoiser_training.DenoiserGradients.collect
     sessions: list[Session] = []
     phase = denoiser_training._train_denoiser
 
@@ -242,4 +242,4 @@ def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         return original(*args, **options)
 
     monkeypatch.setattr(denoiser_training, "_train_denoiser", remember)
-    monkeypatch.setattr(denoiser_training, "accumulate_gradients", accumulate)
+    monkeypatch.setattr(denoiser_training.DenoiserGradients, "collect", accumulate)

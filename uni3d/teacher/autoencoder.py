@@ -11,7 +11,6 @@ from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from uni3d.teacher.settings import AutoencoderConfig
-from uni3d.teacher.view_batches import ViewBatch
 
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
@@ -33,18 +32,17 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
 
 
 def autoencoder_loss(
-    reconstruction: Tensor, batch: ViewBatch, kl_per_sample: Tensor, config: AutoencoderConfig
+    reconstruction: Tensor, images: Tensor, alpha: Tensor, kl_per_sample: Tensor, config: AutoencoderConfig
 ) -> Tensor:
-    """Scalar loss of `reconstruction` [B, 3, H, W] against `batch.images`, both in [-1, 1], in float32.
+    """Scalar loss of `reconstruction` [B, 3, H, W] against `images`, both in [-1, 1], in float32.
 
     Mean absolute error of pixels, of chroma (colour less its grey part), of neighbour differences and of
-    three coarser sizes, all weighted up on the object, plus a small KL term. Weights average to 1 in every
-    image: a small object counts as much as a large one.
+    three coarser sizes, all weighted up where `alpha` [B, 1, H, W] covers the object, plus a small KL term.
+    Weights average to 1 in every image: a small object counts as much as a large one.
     """
-    predicted, target = reconstruction.float(), batch.images
-    weight = 1 + config.foreground_weight * batch.alpha
+    weight = 1 + config.foreground_weight * alpha
     weight = weight / weight.mean(dim=(1, 2, 3), keepdim=True)
-    error = predicted - target
+    error = reconstruction.float() - images
     loss = (weight * error.abs()).mean()
     chroma = error - error.mean(dim=1, keepdim=True)
     loss = loss + config.chroma_weight * (weight * chroma.abs()).mean()

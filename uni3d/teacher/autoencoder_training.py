@@ -32,6 +32,7 @@ from uni3d.teacher.session import (
 )
 from uni3d.teacher.trainable import Trainable, cast_network
 from uni3d.teacher.view_batches import ViewSampler
+from uni3d.training.captured_gradients import CapturedGradients
 from uni3d.training.seeds import mix_seeds
 
 logger = logging.getLogger(__name__)
@@ -127,9 +128,18 @@ def _train_autoencoder(
     )
     network: Any = trainable.networks["vae"]
     network.train()
+    is_cuda = session.device.type == "cuda"
     encode, decode = network.encode, network.decode
-    if config.compile and session.device.type == "cuda":
+    if config.compile and is_cuda:
         encode, decode = torch.compile(encode), torch.compile(decode)
+
+    def loss_of(images: Tensor, alpha: Tensor, noise: Tensor, share_of_batch: Tensor) -> Tensor:
+        posterior = encode(images.to(session.compute_dtype)).latent_dist
+        latents = posterior.mean + posterior.std * noise.to(posterior.mean.dtype)
+        kl = _kl(posterior.mean, posterior.logvar)
+        return share_of_batch * autoencoder_loss(decode(latents).sample, images, alpha, kl, config)
+
+    gradients = CapturedGradients(loss_of, trainable.parameters, is_enabled=is_cuda)
     generator = torch.Generator(device=session.device)
     log = LossLog(
         "autoencoder",
@@ -147,19 +157,18 @@ def _train_autoencoder(
         num = whole.images.shape[0]
         share = processes.share(num)
         batch = whole.part(share)
-        posterior = encode(batch.images.to(session.compute_dtype)).latent_dist
-        shape = (num, *posterior.mean.shape[1:])
+        side = whole.images.shape[-1] // 2 ** (len(config.block_out_channels) - 1)
+        shape = (num, config.latent_channels, side, side)
         noise = torch.randn(shape, device=session.device, generator=generator)[share]
-        reconstruction = decode(posterior.mean + posterior.std * noise.to(posterior.mean.dtype)).sample
-        loss = autoencoder_loss(reconstruction, batch, _kl(posterior.mean, posterior.logvar), config)
-        (loss * (batch.images.shape[0] / num)).backward()
+        portion = torch.full((), batch.images.shape[0] / num, device=session.device)
+        loss = gradients(batch.images, batch.alpha, noise, portion)
         trainable.collect_gradients()
         processes.add_up_([master.grad for master in trainable.masters if master.grad is not None])
         rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
         rate *= max(0.02, 1 - progress)
         trainable.step(learning_rate=rate, gradient_clip=config.gradient_clip)
         trainable.update_average(min(_AVERAGE_DECAY, (1 + step) / (10 + step)))
-        log.add(loss)
+        log.add(loss / portion)
         step += 1
         if log.is_due:
             log.report(

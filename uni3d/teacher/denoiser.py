@@ -207,6 +207,10 @@ class DenoiserLoss(nn.Module):
 
     def forward(self, batch: LatentBatch, *, noise_index: int) -> Tensor:
         """Scalar mean loss of `batch`; `noise_index` names the draw of timesteps, noise and dropout."""
+        return self.loss(*self.draw(batch, noise_index=noise_index))
+
+    def draw(self, batch: LatentBatch, *, noise_index: int) -> tuple[Tensor, ...]:
+        """All that is random about the loss of `batch`: the arguments of `loss`."""
         generator, config = self._generator, self.config
         generator.manual_seed(mix_seeds(self.seed, noise_index))
         clean, device = batch.latents, batch.latents.device
@@ -217,18 +221,37 @@ class DenoiserLoss(nn.Module):
         timesteps = (position * NUM_TIMESTEPS).long().clamp_max(NUM_TIMESTEPS - 1)
         noise = torch.randn(clean.shape, device=device, generator=generator)
         dropout = torch.rand(2, num, device=device, generator=generator)
+        ids = torch.where((dropout[0] < config.text_dropout)[:, None], self.empty_ids, batch.token_ids)
+        return clean, noise, timesteps, ids, batch.conditioning, dropout[1] >= config.camera_dropout
+
+    def loss(
+        self,
+        clean: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        ids: Tensor,
+        conditioning: Tensor,
+        knows_camera: Tensor,
+    ) -> Tensor:
+        """Scalar mean loss of latents float32 [B, C, h, w] under given noise; draws nothing.
+
+        Args:
+            noise: float32 [B, C, h, w], standard normal.
+            timesteps: int64 [B].
+            ids: tokens int64 [B, L], those of the empty prompt where the text is dropped.
+            conditioning: cameras float32 [B, 5].
+            knows_camera: bool [B]; False drops the camera token.
+        """
         alpha_bar = self.alphas_cumprod[timesteps]
         signal = alpha_bar.sqrt()[:, None, None, None]
         sigma = (1 - alpha_bar).sqrt()[:, None, None, None]
         noisy = signal * clean + sigma * noise
         target = signal * noise - sigma * clean  # v, Salimans and Ho 2022, appendix D
-        ids = torch.where((dropout[0] < config.text_dropout)[:, None], self.empty_ids, batch.token_ids)
         context = self.text_encoder(input_ids=ids).last_hidden_state
-        token = self.camera_token(batch.conditioning)
-        context = insert_camera_token(context, token, is_kept=dropout[1] >= config.camera_dropout)
+        context = insert_camera_token(context, self.camera_token(conditioning), is_kept=knows_camera)
         predicted = self.unet(noisy.to(context.dtype), timesteps, context, return_dict=False)[0]
         error = (predicted.float() - target).square().mean(dim=(1, 2, 3))
-        if config.loss_weighting == "min_snr":
+        if self.config.loss_weighting == "min_snr":
             snr = alpha_bar / (1 - alpha_bar)
             error = error * snr.clamp_max(_MIN_SNR_GAMMA) / (snr + 1)
         return error.mean()

@@ -39,6 +39,7 @@ from uni3d.teacher.settings import DenoiserConfig, TeacherConfig
 from uni3d.teacher.tokenizer import token_ids
 from uni3d.teacher.trainable import Trainable, cast_network
 from uni3d.teacher.view_batches import ViewSampler
+from uni3d.training.captured_gradients import CapturedGradients
 from uni3d.training.devices import choose_device
 from uni3d.training.processes import Processes
 from uni3d.training.seeds import mix_seeds
@@ -189,8 +190,14 @@ def _train_denoiser(
     )
     latents.fill(first_step)
     empty_ids = torch.from_numpy(token_ids(session.tokenizer, [""]))[0].long()
-    loss_of = denoiser_loss_module(
-        trainable, empty_ids=empty_ids, config=config, seed=mix_seeds(seed, STREAM_NOISE), device=device
+    gradients = DenoiserGradients(
+        trainable,
+        empty_ids=empty_ids,
+        config=config,
+        parts=parts,
+        seed=mix_seeds(seed, STREAM_NOISE),
+        device=device,
+        processes=processes,
     )
     log = LossLog(
         "denoiser",
@@ -202,7 +209,7 @@ def _train_denoiser(
     step, rate = first_step, 0.0
     while (progress := processes.as_main_says(clock.progress(step))[0]) < 1:
         batch = latents.batch(step)
-        loss = accumulate_gradients(trainable, loss_of, batch, step=step, parts=parts, processes=processes)
+        loss = gradients.collect(batch, step=step)
         rate = learning_rate(
             config,
             progress=progress,
@@ -245,62 +252,77 @@ def _train_denoiser(
     return True, step
 
 
-def denoiser_loss_module(
-    trainable: Trainable, *, empty_ids: Tensor, config: DenoiserConfig, seed: int, device: torch.device
-) -> DenoiserLoss:
-    """The loss over the networks of `trainable`, with the UNet compiled where that is asked for."""
-    unet: Any = trainable.networks["unet"]
-    is_compiled = config.compile and device.type == "cuda"
-    return DenoiserLoss(
-        torch.compile(unet, dynamic=False) if is_compiled else unet,
-        trainable.networks["text_encoder"],  # type: ignore[arg-type]
-        trainable.networks["camera_token"],  # type: ignore[arg-type]
-        empty_ids=empty_ids,
-        config=config,
-        seed=seed,
-        device=device,
-    )
+class DenoiserGradients:
+    """Gradients of the denoiser's loss, a part of the batch at a time.
 
+    On a GPU the UNet is compiled where that is asked for, and a whole part is replayed as one CUDA graph;
+    what fails of that (no compiler, an unsupported operation) is left out with a warning.
 
-def accumulate_gradients(
-    trainable: Trainable,
-    loss_of: DenoiserLoss,
-    batch: LatentBatch,
-    *,
-    step: int,
-    parts: int,
-    processes: Processes | None = None,
-) -> Tensor:
-    """Gradients of the mean loss over `batch`, taken in `parts` equal parts; returns that loss, detached.
-
-    Several processes take turns with the parts, and each has the sum of all gradients in the end; the loss is
-    then the mean of the parts that this process took.
-    When a compiled UNet fails (no compiler, an unsupported operation) the plain one takes over.
+    Args:
+        trainable: the networks "unet", "text_encoder" and "camera_token".
+        empty_ids: token ids of the empty prompt, int64 [L].
+        parts: equal parts that a batch is split into, over all processes.
+        seed: of the noise; a step always draws the same.
+        processes: take turns with the parts, and each has the sum of all gradients in the end.
     """
-    processes = processes or Processes()
-    size = batch.latents.shape[0] // parts
-    total: Tensor | None = None
-    for part in range(processes.rank, parts, processes.num):
-        chosen = slice(part * size, (part + 1) * size)
-        piece = LatentBatch(batch.latents[chosen], batch.token_ids[chosen], batch.conditioning[chosen])
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        *,
+        empty_ids: Tensor,
+        config: DenoiserConfig,
+        parts: int,
+        seed: int,
+        device: torch.device,
+        processes: Processes | None = None,
+    ) -> None:
+        self.trainable = trainable
+        self.parts = parts
+        self.processes = processes or Processes()
+        self._plain_unet: Any = trainable.networks["unet"]
+        is_fast = config.compile and device.type == "cuda"
+        self.loss_of = DenoiserLoss(
+            torch.compile(self._plain_unet, dynamic=False) if is_fast else self._plain_unet,
+            trainable.networks["text_encoder"],  # type: ignore[arg-type]
+            trainable.networks["camera_token"],  # type: ignore[arg-type]
+            empty_ids=empty_ids,
+            config=config,
+            seed=seed,
+            device=device,
+        )
+        self._gradients = CapturedGradients(
+            lambda *drawn: self.loss_of.loss(*drawn) / parts, trainable.parameters, is_enabled=is_fast
+        )
+
+    def collect(self, batch: LatentBatch, *, step: int) -> Tensor:
+        """Leave the gradients of the mean loss over `batch` with the masters; returns that loss, detached.
+
+        With several processes it is the mean of the parts that this one took.
+        """
+        size = batch.latents.shape[0] // self.parts
+        total: Tensor | None = None
+        for part in range(self.processes.rank, self.parts, self.processes.num):
+            chosen = slice(part * size, (part + 1) * size)
+            piece = LatentBatch(batch.latents[chosen], batch.token_ids[chosen], batch.conditioning[chosen])
+            loss = self._of(self.loss_of.draw(piece, noise_index=step * self.parts + part))
+            self.trainable.collect_gradients()
+            total = loss if total is None else total + loss
+        assert total is not None
+        self.processes.add_up_([m.grad for m in self.trainable.masters if m.grad is not None])
+        return total * self.processes.num
+
+    def _of(self, drawn: tuple[Tensor, ...]) -> Tensor:
         try:
-            loss = loss_of(piece, noise_index=step * parts + part) / parts
-            loss.backward()
+            return self._gradients(*drawn)
         except Exception as error:
-            plain = trainable.networks["unet"]
-            if loss_of.unet is plain or isinstance(error, torch.OutOfMemoryError | Interrupted):
+            if self.loss_of.unet is self._plain_unet or isinstance(
+                error, torch.OutOfMemoryError | Interrupted
+            ):
                 raise
             logger.warning("torch.compile failed (%s); going on without it", str(error).splitlines()[0])
-            loss_of.unet = plain
-            for parameter in trainable.parameters:
-                parameter.grad = None
-            loss = loss_of(piece, noise_index=step * parts + part) / parts
-            loss.backward()
-        trainable.collect_gradients()
-        total = loss.detach() if total is None else total + loss.detach()
-    assert total is not None
-    processes.add_up_([master.grad for master in trainable.masters if master.grad is not None])
-    return total * processes.num
+            self.loss_of.unet = self._plain_unet
+            return self._gradients(*drawn)
 
 
 def compile_ahead(config: TeacherConfig, *, vocabulary_size: int = 2000, num_processes: int = 1) -> float:
@@ -339,7 +361,10 @@ def compile_ahead(config: TeacherConfig, *, vocabulary_size: int = 2000, num_pro
         channels_last=settings.compile and device.type == "cuda",
     )
     ids = torch.full((settings.context_length,), vocabulary_size - 1)
-    loss_of = denoiser_loss_module(trainable, empty_ids=ids, config=settings, seed=0, device=device)
+    parts = max(1, settings.accumulate_steps)
+    gradients = DenoiserGradients(
+        trainable, empty_ids=ids, config=settings, parts=parts, seed=0, device=device
+    )
     side = int(unet.config["sample_size"])
     num = settings.batch_size // num_processes
     batch = LatentBatch(
@@ -348,7 +373,7 @@ def compile_ahead(config: TeacherConfig, *, vocabulary_size: int = 2000, num_pro
         conditioning=torch.zeros(num, 5, device=device),
     )
     for step in range(2):
-        accumulate_gradients(trainable, loss_of, batch, step=step, parts=max(1, settings.accumulate_steps))
+        gradients.collect(batch, step=step)
         trainable.step(learning_rate=0.0, gradient_clip=1.0)
     if device.type == "cuda":
         torch.cuda.synchronize()
