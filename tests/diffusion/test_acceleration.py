@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from uni3d.diffusion.acceleration import GraphedPass, WithFallback, accelerate
+from uni3d.diffusion.acceleration import WithFallback, accelerate
+from uni3d.diffusion.graphed_pass import GraphedPass
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.diffusion.lora_score import LoRAFakeScore
 
@@ -83,7 +84,7 @@ def test_no_capture_outlives_its_adapters(tiny_teacher_folder: Path, monkeypatch
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["graphs", "compile"])
+@pytest.mark.parametrize("mode", ["graphs", "auto", "compile"])
 def test_a_gpu_computes_the_same_faster(tiny_teacher_folder: Path, mode: str) -> None:
     """Predictions and all gradients of teacher and fake score are those of plain execution."""
     results = []
@@ -107,7 +108,7 @@ def test_a_gpu_computes_the_same_faster(tiny_teacher_folder: Path, mode: str) ->
             of_fake = torch.autograd.grad(made.square().sum(), fake.parameters())
         for network_pass in (teacher.network_pass, teacher.encode_pass):
             assert not isinstance(network_pass, WithFallback) or network_pass.fast is not None
-            if mode == "graphs" and isinstance(network_pass, WithFallback):
+            if isinstance(network_pass, WithFallback):
                 assert isinstance(network_pass.fast, GraphedPass)
         results.append([plain, attached.detach(), of_teacher, made.detach(), *of_fake])
     for got, expected in zip(results[1], results[0], strict=True):

@@ -166,12 +166,12 @@ class LatentDiffusionTeacher(ABC):
     @property
     def device(self) -> torch.device:
         """Where the networks live."""
-        return self.network.device
+        return _first_weight(self.network).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the networks; predictions are returned in float32."""
-        return self.network.dtype
+        return _first_weight(self.network).dtype
 
     @property
     def downscale(self) -> int:
@@ -252,7 +252,10 @@ class LatentDiffusionTeacher(ABC):
             images = nn.functional.interpolate(
                 images, size=(size, size), mode="bilinear", align_corners=False
             )
-        mean = self.encode_pass((images * 2 - 1).to(self.vae.dtype))
+        scaled = (images * 2 - 1).to(_first_weight(self.vae).dtype)
+        if scaled.device.type == "cuda":
+            scaled = scaled.contiguous(memory_format=torch.channels_last)
+        mean = self.encode_pass(scaled)
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         return (mean.float() - shift) * self.vae.config.scaling_factor
 
@@ -421,6 +424,12 @@ def perp_neg_direction(direction: Tensor, pushes: Sequence[Tensor], weights: Seq
         perpendicular = push - share[:, None, None, None] * direction
         guided = guided - weight.to(direction)[:, None, None, None] * perpendicular
     return guided
+
+
+def _first_weight(network: nn.Module) -> Tensor:
+    """Tells where a network is and its precision. Diffusers' own properties go through all modules, at every
+    step for milliseconds."""
+    return next(network.parameters())
 
 
 def num_pooled_rows(pooled_width: int, context_width: int) -> int:

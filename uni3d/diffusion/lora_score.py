@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class LoRAFakeScore:
         generator: torch.Generator | None = None,
     ) -> None:
         from peft import LoraConfig
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.teacher = teacher
         self.camera_input = camera_input
@@ -74,6 +75,7 @@ class LoRAFakeScore:
         if ADAPTER_NAME in getattr(network, "peft_config", {}):
             network.delete_adapters(ADAPTER_NAME)
         network.add_adapter(config, adapter_name=ADAPTER_NAME)
+        self._layers: list[Any] = [part for part in network.modules() if isinstance(part, BaseTunerLayer)]
         self._adapters = {
             name: parameter for name, parameter in network.named_parameters() if f".{ADAPTER_NAME}." in name
         }
@@ -157,13 +159,10 @@ class LoRAFakeScore:
             self._switch(False)
 
     def _switch(self, enabled: bool) -> None:
-        # peft clears requires_grad of adapters it disables; the optimiser's parameters must keep theirs.
-        if enabled:
-            self.teacher.network.enable_adapters()
-        else:
-            self.teacher.network.disable_adapters()
-        for parameter in self._adapters.values():
-            parameter.requires_grad_(True)
+        # Not by peft's enable_adapters, which goes through all modules, milliseconds at every step, and
+        # clears requires_grad of the optimiser's parameters.
+        for layer in self._layers:
+            layer._disable_adapters = not enabled
 
 
 def check_fake_base(teacher: LatentDiffusionTeacher, base: LatentDiffusionTeacher) -> None:
