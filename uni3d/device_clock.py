@@ -32,8 +32,9 @@ def cpu_clock(work: Work, num: int) -> list[float]:
     return times
 
 
-def count_host_waits(work: Work) -> int:
-    """How often one go makes the host wait for the CUDA device, as far as torch can tell."""
+def host_waits(work: Work) -> list[str]:
+    """Where one go makes the host wait for the CUDA device, as far as torch can tell: "file:line" for each
+    time."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -41,4 +42,13 @@ def count_host_waits(work: Work) -> int:
             work()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught)
+    return [
+        f"{warning.filename}:{warning.lineno}"
+        for warning in caught
+        if "synchronizing" in str(warning.message)
+    ]
+
+
+def count_host_waits(work: Work) -> int:
+    """How often one go makes the host wait for the CUDA device."""
+    return len(host_waits(work))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from uni3d.text_to_3d import step_benchmark
 from uni3d.text_to_3d.step_benchmark import KINDS, THREESTUDIO, main, network_flops
 from uni3d.text_to_3d.threestudio_step import ThreestudioStep
 
@@ -27,6 +29,28 @@ def test_the_table_has_a_row_for_every_step(tmp_path: Path, capsys: pytest.Captu
     assert result["speedup_of_vsd"] > 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in result["steps"])
+
+
+def test_a_row_that_fails_leaves_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = step_benchmark.build_step
+
+    def fail_at_first(kind: step_benchmark.StepKind, settings: step_benchmark.BenchmarkSettings) -> Any:
+        if kind.method == "sds":
+            raise RuntimeError("a driver is unhappy")
+        return build(kind, settings)
+
+    monkeypatch.setattr(step_benchmark, "build_step", fail_at_first)
+    output = tmp_path / "step.json"
+    arguments = ["--shapes", "tiny", "--device", "cpu", "--resolution", "16", "--samples", "8"]
+    arguments += ["--warmup", "0", "--repeats", "1", "--matrix-size", "32", "--only", "SDS", "difference"]
+    assert main([*arguments, "--output", str(output)]) == 1
+    result = json.loads(output.read_text())
+    assert (
+        "a driver is unhappy" in result["failed"]["SDS"] and "a driver is unhappy" in capsys.readouterr().out
+    )
+    assert list(result["steps"]) == ["Uni-Instruct, score difference"]
 
 
 def test_stable_diffusions_work_is_the_published_one() -> None:

@@ -8,12 +8,14 @@ is one. Results change with the bounds, never silently.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import logging
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.utils.checkpoint
 
 from uni3d.config.stages import GeometryConfig, TextureConfig
 from uni3d.config.text_to_3d import TextTo3DConfig
@@ -82,7 +84,7 @@ class MemoryRung:
                 if encoder is not None:
                     encoder.to("cpu")
         if self.checkpointing:
-            teacher.vae.enable_gradient_checkpointing()
+            teacher.vae.enable_gradient_checkpointing(_computed_again)
         if self.slicing:
             teacher.vae.enable_slicing()
 
@@ -106,6 +108,12 @@ def rung_for(vram_gb: int) -> MemoryRung:
 def fitted(config: TextTo3DConfig) -> TextTo3DConfig:
     """The settings, no larger than the card of `config.vram` allows; as they are where that is none."""
     return config if config.vram is None else rung_for(config.vram).bounded(config)
+
+
+# An autoencoder draws no numbers, and a pass that is being captured may not ask for a generator's state.
+_computed_again = functools.partial(
+    torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False
+)
 
 
 class MemoryLadder:

@@ -10,7 +10,6 @@ torch had allocated and reserved over a few steps of the method at the preset's 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,11 +22,13 @@ from uni3d.config.text_to_3d import (
     RendererConfig,
     TextTo3DConfig,
 )
+from uni3d.diffusion.acceleration import accelerate
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import UsageError
-from uni3d.text_to_3d.memory import RUNGS, MemoryRung
+from uni3d.text_to_3d.memory import RUNGS, MemoryRung, free_memory
 from uni3d.text_to_3d.random_teacher import random_teacher
 from uni3d.text_to_3d.scene_optimiser import SceneOptimiser
+from uni3d.timing_program import argument_parser, keep_figures, say
 
 METHODS = ("vsd", "uni-instruct")
 NUM_STEPS = 4
@@ -76,25 +77,48 @@ def peak(config: TextTo3DConfig, teacher: LatentDiffusionTeacher, num_steps: int
     return MemoryPeak(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
 
 
-def main(presets: Sequence[str]) -> None:
-    """Measure and print."""
-    rungs = [rung for rung in RUNGS if rung.name.isdigit() and (not presets or rung.name in presets)]
-    if unknown := set(presets) - {rung.name for rung in rungs}:
-        raise UsageError(f"there is no preset {', '.join(sorted(unknown))}; expected some of 8 12 16 24 40")
-    if not torch.cuda.is_available():
-        raise UsageError("memory is measured on a GPU, and there is none")
-    write = sys.stdout.write
-    write("| --vram | method | allocated, GB | reserved, GB |\n|---|---|---|---|\n")
-    for rung in rungs:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m uni3d.text_to_3d.memory_benchmark`."""
+    presets = [rung.name for rung in RUNGS if rung.name.isdigit()]
+    parser = argument_parser("uni3d.text_to_3d.memory_benchmark", __doc__)
+    parser.add_argument("presets", nargs="*", metavar="PRESET", help=f"of {' '.join(presets)}; all if none")
+    parser.add_argument("--compile", default="auto", choices=["auto", "off", "compile", "graphs"])
+    given = parser.parse_args(arguments)
+    try:
+        _check(given.presets, presets, given.device)
+    except UsageError as error:
+        parser.error(str(error))
+    figures: dict[str, dict[str, int]] = {}
+    say("| --vram | method | allocated, GB | reserved, GB |\n|---|---|---|---|")
+    for rung in RUNGS:
+        if rung.name not in (given.presets or presets):
+            continue
         for method in METHODS:
-            dtype = torch.bfloat16 if rung.half else torch.float32
-            teacher = random_teacher("sd21", device=torch.device("cuda"), dtype=dtype)
-            rung.apply_to(teacher)
-            found = peak(settings(rung, method), teacher)
-            del teacher
-            write(f"| {rung.name} | {method} | {found.allocated / 1e9:.1f} | {found.reserved / 1e9:.1f} |\n")
-            sys.stdout.flush()
+            found = _peak_of(rung, method, given.compile)
+            figures[f"{rung.name} {method}"] = dataclasses.asdict(found)
+            say(f"| {rung.name} | {method} | {found.allocated / 1e9:.1f} | {found.reserved / 1e9:.1f} |")
+            keep_figures(figures, given.output)
+    return 0
+
+
+def _check(asked: Sequence[str], presets: Sequence[str], device: str) -> None:
+    if unknown := set(asked) - set(presets):
+        raise UsageError(
+            f"there is no preset {', '.join(sorted(unknown))}; expected some of {' '.join(presets)}"
+        )
+    if not device.startswith("cuda"):
+        raise UsageError(f"memory is measured on a GPU, and the device is '{device}'; expected cuda")
+
+
+def _peak_of(rung: MemoryRung, method: str, compile_mode: str) -> MemoryPeak:
+    """Of one row, with networks run as `uni3d generate` runs them."""
+    free_memory()  # of the row before, whose networks refer to themselves
+    dtype = torch.bfloat16 if rung.half else torch.float32
+    teacher = random_teacher("sd21", device=torch.device("cuda"), dtype=dtype)
+    rung.apply_to(teacher)
+    accelerate(teacher, compile_mode)
+    return peak(settings(rung, method), teacher)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    raise SystemExit(main())

@@ -28,16 +28,18 @@ from uni3d.config.text_to_3d import (
     RendererConfig,
     TextTo3DConfig,
 )
-from uni3d.device_clock import count_host_waits
+from uni3d.device_clock import host_waits
 from uni3d.diffusion.acceleration import accelerate
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.distillation.benchmark_step import matrix_rate
+from uni3d.text_to_3d.memory import free_memory
 from uni3d.text_to_3d.random_teacher import random_teacher
 from uni3d.text_to_3d.scene_optimiser import SceneOptimiser
 from uni3d.text_to_3d.threestudio_step import ThreestudioStep
 from uni3d.timing_program import argument_parser, keep_figures, say
 
 Step = Callable[[], object]
+Keep = Callable[[dict[str, Any]], object]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class BenchmarkSettings:
     num_warmup: int = 10
     num_repeats: int = 30
     matrix_size: int = 8192
+    only: tuple[str, ...] = ()
 
 
 def build_step(kind: StepKind, settings: BenchmarkSettings) -> tuple[SceneOptimiser, LatentDiffusionTeacher]:
@@ -108,7 +111,7 @@ def time_step(step: Step, settings: BenchmarkSettings) -> dict[str, Any]:
     is_cuda = settings.device.startswith("cuda")
     for _ in range(settings.num_warmup):
         step()
-    waits = count_host_waits(step) if is_cuda else None
+    waits = host_waits(step) if is_cuda else None
     if is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -128,7 +131,8 @@ def time_step(step: Step, settings: BenchmarkSettings) -> dict[str, Any]:
         "min_ms": min(times),
         "max_ms": max(times),
         "host_ms": issued / settings.num_repeats * 1e3,
-        "host_waits": waits,
+        "host_waits": None if waits is None else len(waits),
+        "waits_at": waits or [],
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if is_cuda else 0.0,
     }
 
@@ -155,6 +159,11 @@ def time_parts(
         with torch.no_grad():
             teacher.predict_guided_x0(latent, sigma, context, context, 7.5)
 
+    def asking_the_fake_score() -> None:
+        assert fake is not None
+        with torch.no_grad():
+            fake.predict_x0(latent, sigma, context, camera.conditioning())
+
     def training_the_fake_score() -> None:
         assert fake is not None
         fake.predict_x0(latent, sigma, context, camera.conditioning()).sum().backward()
@@ -166,11 +175,23 @@ def time_parts(
         "field optimiser": optimiser.field_optimiser.step,
     }
     if fake is not None:
+        parts["fake score, forward"] = asking_the_fake_score
         parts["fake score, forward and backward"] = training_the_fake_score
+    if optimiser.distiller.fake_optimiser is not None:
+        parts["fake score optimiser"] = optimiser.distiller.fake_optimiser.step
+    trained = [*optimiser.field.parameters(), *(fake.parameters() if fake is not None else [])]
+    short = dataclasses.replace(
+        settings, num_warmup=min(3, settings.num_warmup), num_repeats=min(10, settings.num_repeats)
+    )
     figures = {}
     for name, part in parts.items():
-        figures[name] = time_step(part, settings)["median_ms"]
-        optimiser.field_optimiser.zero_grad(set_to_none=False)
+
+        def alone(part: Step = part, moves: bool = "optimiser" in name) -> None:
+            for parameter in () if moves else trained:  # in a step gradients are new, not added to others
+                parameter.grad = None
+            part()
+
+        figures[name] = time_step(alone, short)["median_ms"]
     return figures
 
 
@@ -191,52 +212,108 @@ def network_flops(shapes: str) -> tuple[float, float]:
     return counts[0], counts[1]
 
 
-def run_benchmark(
-    settings: BenchmarkSettings, *, report: Callable[[str], object] = lambda line: None
-) -> dict[str, Any]:
-    """Time everything; plain data for JSON. `report` is told each line of the table."""
-    device = torch.device(settings.device)
-    torch.backends.cudnn.benchmark = True
-    unet, encoder = network_flops(settings.shapes)
-    rate = matrix_rate(device, size=settings.matrix_size)
-    result: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "forward_tflop": {"unet": unet / 1e12, "encoder": encoder / 1e12},
-        "matrix_tflops_per_s": rate / 1e12,
-        "steps": {},
-    }
-    report(
-        f"{result['device']}, {settings.shapes}, {settings.resolution} px: UNet {unet / 1e12:.3g} TFLOP, "
-        f"encoder {encoder / 1e12:.3g}, bfloat16 products {rate / 1e12:.3g} TFLOP/s"
-    )
-    report(f"{'step':<34}{'ms':>9}{'host ms':>9}{'waits':>7}{'TFLOP/s':>9}{'of rate':>9}{'GiB':>7}")
+class _Table:
+    """The rows as they come, printed and kept; one that fails is said to and does not end the program."""
 
-    def row(name: str, step: Step, passes: float, encoder_passes: float) -> dict[str, Any]:
-        figures = time_step(step, settings)
-        speed = (passes * unet + encoder_passes * encoder) / (figures["median_ms"] / 1e3)
-        figures |= {"tflops_per_s": speed / 1e12, "share_of_matrix_rate": speed / rate}
-        waits = "-" if figures["host_waits"] is None else figures["host_waits"]
+    def __init__(self, settings: BenchmarkSettings, report: Callable[[str], object], keep: Keep) -> None:
+        self.settings = settings
+        self.report = report
+        self.keep = keep
+        self.device = torch.device(settings.device)
+        self.unet, self.encoder = network_flops(settings.shapes)
+        self.rate = matrix_rate(self.device, size=settings.matrix_size)
+        is_cuda = self.device.type == "cuda"
+        self.result: dict[str, Any] = {
+            "settings": dataclasses.asdict(settings),
+            "device": torch.cuda.get_device_name(self.device) if is_cuda else "cpu",
+            "torch": torch.__version__,
+            "forward_tflop": {"unet": self.unet / 1e12, "encoder": self.encoder / 1e12},
+            "matrix_tflops_per_s": self.rate / 1e12,
+            "steps": {},
+            "failed": {},
+        }
         report(
-            f"{name:<34}{figures['median_ms']:>9.2f}{figures['host_ms']:>9.2f}{waits:>7}"
-            f"{speed / 1e12:>9.2f}{speed / rate:>9.1%}{figures['peak_memory_gib']:>7.2f}"
+            f"{self.result['device']}, {settings.shapes}, {settings.resolution} px: "
+            f"UNet {self.unet / 1e12:.3g} TFLOP, encoder {self.encoder / 1e12:.3g}, "
+            f"bfloat16 products {self.rate / 1e12:.3g} TFLOP/s"
         )
+        report(f"{'step':<34}{'ms':>9}{'host ms':>9}{'waits':>7}{'TFLOP/s':>9}{'of rate':>9}{'GiB':>7}")
+
+    def row(self, name: str, measure: Callable[[_Table, str], object]) -> None:
+        """Let `measure` add the row `name`, if it was asked for."""
+        if self.settings.only and not any(word in name for word in self.settings.only):
+            return
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(0)
+        try:
+            measure(self, name)
+        except Exception as error:  # the other rows are worth having
+            line = (str(error).strip().splitlines() or [""])[0][:200]
+            self.result["failed"][name] = f"{type(error).__name__}: {line}"
+            self.report(f"{name:<34} failed: {self.result['failed'][name]}")
+        free_memory()
+        self.keep(self.result)
+
+    def add(self, name: str, step: Step, passes: float, encoder_passes: float) -> dict[str, Any]:
+        """Time `step`, whose work is that many passes of the UNet and of the encoder."""
+        begun = time.perf_counter()
+        figures = time_step(step, self.settings)
+        work = passes * self.unet + encoder_passes * self.encoder
+        speed = work / (figures["median_ms"] / 1e3)
+        figures |= {
+            "tflops_per_s": speed / 1e12,
+            "share_of_matrix_rate": speed / self.rate,
+            "wall_s": time.perf_counter() - begun,
+        }
+        waits = "-" if figures["host_waits"] is None else figures["host_waits"]
+        self.report(
+            f"{name:<34}{figures['median_ms']:>9.2f}{figures['host_ms']:>9.2f}{waits:>7}"
+            f"{speed / 1e12:>9.2f}{speed / self.rate:>9.1%}{figures['peak_memory_gib']:>7.2f}"
+        )
+        if figures["waits_at"]:
+            self.report(f"    waits at {', '.join(figures['waits_at'])}")
+        self.result["steps"][name] = figures
         return figures
 
-    for name, kind in KINDS.items():
-        optimiser, teacher = build_step(kind, settings)
-        result["steps"][name] = row(name, optimiser.step, kind.unet_passes, kind.encoder_passes)
-        parts = time_parts(optimiser, teacher, settings)
-        result["steps"][name]["parts_ms"] = parts
-        report("    " + ", ".join(f"{part} {value:.2f}" for part, value in parts.items()))
+
+def _measure_kind(table: _Table, name: str) -> None:
+    kind = KINDS[name]
+    optimiser, teacher = build_step(kind, table.settings)
+    try:
+        figures = table.add(name, optimiser.step, kind.unet_passes, kind.encoder_passes)
+        parts = time_parts(optimiser, teacher, table.settings)
+        figures["parts_ms"] = parts
+        table.report("    " + ", ".join(f"{part} {value:.2f}" for part, value in parts.items()))
+    finally:
         optimiser.close()
-        del optimiser, teacher
-    other = ThreestudioStep(shapes=settings.shapes, device=device, resolution=settings.resolution)
-    result["steps"][THREESTUDIO] = row(THREESTUDIO, other, THREESTUDIO_PASSES, 2.0)
-    result["speedup_of_vsd"] = result["steps"][THREESTUDIO]["median_ms"] / result["steps"]["VSD"]["median_ms"]
-    report(f"VSD against that structure: {result['speedup_of_vsd']:.1f} times faster")
-    return result
+
+
+def _measure_threestudio(table: _Table, name: str) -> None:
+    settings = table.settings
+    other = ThreestudioStep(shapes=settings.shapes, device=table.device, resolution=settings.resolution)
+    table.add(name, other, THREESTUDIO_PASSES, 2.0)
+
+
+def run_benchmark(
+    settings: BenchmarkSettings,
+    *,
+    report: Callable[[str], object] = lambda line: None,
+    keep: Keep = lambda result: None,
+) -> dict[str, Any]:
+    """Time everything; plain data for JSON. `report` is told each line of the table, and `keep` handed all
+    that is known after each row."""
+    torch.backends.cudnn.benchmark = True
+    table = _Table(settings, report, keep)
+    for name in KINDS:
+        table.row(name, _measure_kind)
+    table.row(THREESTUDIO, _measure_threestudio)
+    steps = table.result["steps"]
+    if THREESTUDIO in steps and "VSD" in steps:
+        speedup = steps[THREESTUDIO]["median_ms"] / steps["VSD"]["median_ms"]
+        table.result["speedup_of_vsd"] = speedup
+        report(f"VSD against that structure: {speedup:.1f} times faster")
+        keep(table.result)
+    return table.result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -249,6 +326,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", default="auto", choices=["auto", "off", "compile", "graphs"])
     parser.add_argument("--warmup", type=int, default=defaults.num_warmup)
     parser.add_argument("--repeats", type=int, default=defaults.num_repeats)
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="rows whose name has one of these words"
+    )
     parser.add_argument("--matrix-size", type=int, default=defaults.matrix_size)
     given = parser.parse_args(arguments)
     settings = BenchmarkSettings(
@@ -260,10 +340,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_warmup=given.warmup,
         num_repeats=given.repeats,
         matrix_size=given.matrix_size,
+        only=tuple(given.only),
     )
-    result = run_benchmark(settings, report=say)
-    keep_figures(result, given.output)
-    return 0
+    result = run_benchmark(settings, report=say, keep=lambda result: keep_figures(result, given.output))
+    return 1 if result["failed"] else 0
 
 
 if __name__ == "__main__":
