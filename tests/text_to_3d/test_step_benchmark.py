@@ -36,10 +36,10 @@ def test_a_row_that_fails_leaves_the_others(
 ) -> None:
     build = step_benchmark.build_step
 
-    def fail_at_first(kind: step_benchmark.StepKind, settings: step_benchmark.BenchmarkSettings) -> Any:
+    def fail_at_first(kind: step_benchmark.StepKind, *others: Any) -> Any:
         if kind.method == "sds":
             raise RuntimeError("a driver is unhappy")
-        return build(kind, settings)
+        return build(kind, *others)
 
     monkeypatch.setattr(step_benchmark, "build_step", fail_at_first)
     output = tmp_path / "step.json"

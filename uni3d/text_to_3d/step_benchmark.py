@@ -80,12 +80,19 @@ class BenchmarkSettings:
     only: tuple[str, ...] = ()
 
 
-def build_step(kind: StepKind, settings: BenchmarkSettings) -> tuple[SceneOptimiser, LatentDiffusionTeacher]:
-    """The optimiser of `uni3d generate` for this row, ready to step."""
+def build_teacher(settings: BenchmarkSettings) -> LatentDiffusionTeacher:
+    """The networks of all rows: what was compiled for one row serves the next."""
     device = torch.device(settings.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     teacher = random_teacher(settings.shapes, device=device, dtype=dtype)
     accelerate(teacher, settings.compile)
+    return teacher
+
+
+def build_step(
+    kind: StepKind, settings: BenchmarkSettings, teacher: LatentDiffusionTeacher
+) -> SceneOptimiser:
+    """The optimiser of `uni3d generate` for this row, ready to step."""
     config = TextTo3DConfig(
         prompt="a random prompt",
         method=kind.method,
@@ -103,7 +110,7 @@ def build_step(kind: StepKind, settings: BenchmarkSettings) -> tuple[SceneOptimi
     )
     optimiser = SceneOptimiser(config, teacher)
     optimiser.prepare()
-    return optimiser, teacher
+    return optimiser
 
 
 def time_step(step: Step, settings: BenchmarkSettings) -> dict[str, Any]:
@@ -220,6 +227,7 @@ class _Table:
         self.report = report
         self.keep = keep
         self.device = torch.device(settings.device)
+        self.teacher: LatentDiffusionTeacher | None = None
         self.unet, self.encoder = network_flops(settings.shapes)
         self.rate = matrix_rate(self.device, size=settings.matrix_size)
         is_cuda = self.device.type == "cuda"
@@ -278,7 +286,9 @@ class _Table:
 
 def _measure_kind(table: _Table, name: str) -> None:
     kind = KINDS[name]
-    optimiser, teacher = build_step(kind, table.settings)
+    teacher = table.teacher or build_teacher(table.settings)
+    table.teacher = None  # after a failure the next row starts afresh
+    optimiser = build_step(kind, table.settings, teacher)
     try:
         figures = table.add(name, optimiser.step, kind.unet_passes, kind.encoder_passes)
         parts = time_parts(optimiser, teacher, table.settings)
@@ -286,10 +296,12 @@ def _measure_kind(table: _Table, name: str) -> None:
         table.report("    " + ", ".join(f"{part} {value:.2f}" for part, value in parts.items()))
     finally:
         optimiser.close()
+    table.teacher = teacher
 
 
 def _measure_threestudio(table: _Table, name: str) -> None:
     settings = table.settings
+    table.teacher = None
     other = ThreestudioStep(shapes=settings.shapes, device=table.device, resolution=settings.resolution)
     table.add(name, other, THREESTUDIO_PASSES, 2.0)
 
