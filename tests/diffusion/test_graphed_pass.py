@@ -134,3 +134,21 @@ def test_asking_for_the_type_of_a_network_does_not_go_through_it(
     fake._switch(False)
     assert teacher.dtype == torch.float32 and teacher.device.type == "cpu"
     assert len(visited) < 10
+
+
+def test_adapters_in_half_precision_compute_what_they_do_in_full(tiny_teacher_folder: Path) -> None:
+    full, half = (
+        LatentDiffusionTeacher.from_pretrained(tiny_teacher_folder, dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    gradients = []
+    for teacher in (full, half):
+        fake = LoRAFakeScore(teacher, rank=2, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            for parameter in fake.parameters():
+                parameter.add_(0.05)
+        asked, trained = both_scores(teacher, fake, 1)
+        assert not torch.equal(*asked) and all(gradient.dtype == torch.float32 for gradient in trained)
+        gradients.append(torch.cat([gradient.flatten() for gradient in (asked[1], *trained)]))
+    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert 0 < float(error) < 0.1
