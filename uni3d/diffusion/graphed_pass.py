@@ -242,12 +242,16 @@ class _Captured:
             for place, gradient in zip(self.result_gradients, wanted, strict=True):
                 place.zero_() if gradient is None else place.copy_(gradient)
             self._replay_backward()
-            found = iter(torch._foreach_mul(list(self.gradients), 1.0))  # copies, in a few launches
+            num = sum(self.reached_arguments)
+            found = iter([gradient.clone() for gradient in self.gradients[:num]])
+            of_parameters = list(self.gradients[num:])
+            if of_parameters:  # all float32: copied in a few launches
+                of_parameters = torch._foreach_mul(of_parameters, 1.0)  # pyright: ignore[reportPrivateImportUsage]
         reached = iter(self.reached_arguments)
         of_arguments = [
             next(found) if argument.requires_grad and next(reached) else None for argument in self.arguments
         ]
-        return [*of_arguments, *found]
+        return [*of_arguments, *of_parameters]
 
 
 class _ReplayedPass(torch.autograd.Function):
