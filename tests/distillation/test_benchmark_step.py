@@ -152,6 +152,32 @@ def test_another_build_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         recipe_called("none")
 
 
+def test_a_row_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(setup: StepSetup) -> Any:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(training_steps, "broken", broken, raising=False)
+    monkeypatch.setattr(training_steps, "idle", lambda setup: lambda: None, raising=False)
+    names = tuple(f"uni3d.distillation.training_steps:{name}" for name in ("broken", "idle"))
+    lines: list[str] = []
+    kept: list[list[str]] = []
+    result = run_benchmark(
+        dataclasses.replace(SMALL, builds=names),
+        report=lines.append,
+        keep=lambda result: kept.append(list(result["builds"])),
+    )
+    assert result["builds"][names[0]]["error"] == "no room" and result["builds"][names[1]]["median_ms"] > 0
+    assert any("left out" in line for line in lines) and kept[:2] == [[names[0]], list(names)]
+
+
+def test_slow_rows_end_early() -> None:
+    calls: list[int] = []
+    timing = benchmark_step.time_build(
+        lambda setup: lambda: calls.append(1), setup(), num_warmup=9, num_repeats=9, seconds=0.0
+    )
+    assert timing.num_repeats == 3 and len(calls) == 2 + 3
+
+
 @pytest.mark.gpu
 def test_the_project_step_never_waits() -> None:
     device = torch.device("cuda")

@@ -2,9 +2,10 @@
 
     python -m uni3d.distillation.benchmark_step --device cuda --output step.json
 
-Both builds (`training_steps`) are timed in one run with the device's own clock, after a warm-up; the table
-also says what each recipe of the family costs, in network passes and in milliseconds, and how much of the
-card's measured matrix rate the step uses. `--build MODULE:FUNCTION` times another `StepBuilder`.
+Both builds (`training_steps`) are timed in one run, after a warm-up, with the device drained after each
+step; the table also says what each recipe of the family costs, in network passes and in milliseconds, how
+much of the card's measured matrix rate the step uses, and how long the host takes to issue it. `--build
+MODULE:FUNCTION` times another `StepBuilder`; --output is written again after every row.
 Legend: F one forward pass of the network, E one of its encoder.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -122,6 +124,8 @@ class Timing:
     """By the median."""
     peak_memory_gib: float
     """Highest allocation during the timed steps; 0 on a CPU."""
+    host_ms: float
+    """Mean time in which the host issues a step; near `median_ms` when the host is what limits it."""
     host_waits: int | None
     """Synchronisations with the host in one step; None on a CPU."""
     warmup_s: float
@@ -129,21 +133,38 @@ class Timing:
     num_repeats: int
 
 
-def time_build(build: StepBuilder, setup: StepSetup, *, num_warmup: int, num_repeats: int) -> Timing:
-    """Build a step, warm it up, and time `num_repeats` of it, each on its own."""
+def time_build(
+    build: StepBuilder,
+    setup: StepSetup,
+    *,
+    num_warmup: int,
+    num_repeats: int,
+    seconds: float = math.inf,
+    report: Callable[[str], object] = lambda line: None,
+) -> Timing:
+    """Build a step, warm it up, and time it, each go on its own.
+
+    Warm-up and timing each end after `seconds`, with two and three goes done at least: a step of the released
+    build takes seconds. `report` is told when the first step, with all compilation, is done.
+    """
     is_cuda = setup.device.type == "cuda"
     _start_afresh(setup.device)
     started = time.monotonic()
     step = build(setup)
-    for _ in range(num_warmup):
+    for index in range(num_warmup):
+        if index >= 2 and time.monotonic() - started > seconds:
+            break
         step()
+        if is_cuda:
+            torch.cuda.synchronize(setup.device)
+        if index == 0:
+            report(f"  built, first step done after {time.monotonic() - started:.1f} s")
     host_waits = count_host_waits(step) if is_cuda else None
     if is_cuda:
         torch.cuda.synchronize(setup.device)
         torch.cuda.reset_peak_memory_stats(setup.device)
     warmup_s = time.monotonic() - started
-    clock = cuda_clock if is_cuda else cpu_clock
-    times = clock(step, num_repeats)
+    times, issued = _step_times(step, num_repeats, seconds, is_cuda=is_cuda)
     peak = torch.cuda.max_memory_allocated(setup.device) / 2**30 if is_cuda else 0.0
     median = statistics.median(times)
     return Timing(
@@ -153,10 +174,27 @@ def time_build(build: StepBuilder, setup: StepSetup, *, num_warmup: int, num_rep
         min_ms=min(times),
         images_per_s=setup.batch_size / median * 1e3,
         peak_memory_gib=peak,
+        host_ms=statistics.fmean(issued),
         host_waits=host_waits,
         warmup_s=warmup_s,
-        num_repeats=num_repeats,
+        num_repeats=len(times),
     )
+
+
+def _step_times(
+    step: Callable[[], object], num: int, seconds: float, *, is_cuda: bool
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of each go, the device drained after it, and of the host's part until it has issued it."""
+    times, issued = [], []
+    started = time.perf_counter()
+    while len(times) < num and (len(times) < 3 or time.perf_counter() - started < seconds):
+        begun = time.perf_counter()
+        step()
+        issued.append((time.perf_counter() - begun) * 1e3)
+        if is_cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begun) * 1e3)
+    return times, issued
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16, *, size: int = 8192) -> float:
@@ -192,18 +230,21 @@ class BenchmarkSettings:
     batch_size: int = 256
     micro_batch: int = 128
     """Of the released build."""
-    builds: tuple[str, ...] = ("project", "released")
+    builds: tuple[str, ...] = ("released", "project")
     """Names of `BUILDS`, or module:function."""
     recipe: str = "uni_instruct"
     """Of the comparison of builds."""
     recipes: tuple[str, ...] = ()
-    """To be timed in the first build; all are costed in passes."""
+    """To be timed in the project's build if that is one of `builds`, else in the first; all are costed in
+    passes."""
     compile: bool = True
     """torch.compile in the project's build, on a GPU."""
     precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "cuda"
     num_warmup: int = 5
     num_repeats: int = 20
+    seconds: float = 30.0
+    """After which a row's warm-up, and then its timing, ends early."""
     matrix_size: int = 8192
 
 
@@ -235,15 +276,20 @@ def builder_called(name: str) -> StepBuilder:
 
 
 def run_benchmark(
-    settings: BenchmarkSettings, *, report: Callable[[str], object] = lambda line: None
+    settings: BenchmarkSettings,
+    *,
+    report: Callable[[str], object] = lambda line: None,
+    keep: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
-    """Time everything; plain data for JSON. `report` is told each line of the table."""
+    """Time everything; plain data for JSON. `report` is told each line of the table, `keep` is given what
+    there is so far after each row, and a row that fails is left out with its error in the place of it."""
     device = torch.device(settings.device)
     config = network_config(settings.network)
     torch.backends.cudnn.benchmark = True
     full, encoder = forward_flops(config)
     rate = matrix_rate(device, size=settings.matrix_size)
     method, divergence = recipe_called(settings.recipe)
+    builders = {name: builder_called(name) for name in settings.builds}
     setup = StepSetup(
         config=config,
         method=method,
@@ -270,32 +316,43 @@ def run_benchmark(
     )
     report(HEADER)
 
-    def timed(build: str, setup: StepSetup, title: str) -> dict[str, Any]:
+    def timed(builder: StepBuilder, setup: StepSetup, title: str) -> dict[str, Any]:
         passes = step_passes(setup.recipe)
-        timing = time_build(
-            builder_called(build),
-            setup,
-            num_warmup=settings.num_warmup,
-            num_repeats=settings.num_repeats,
-        )
+        report(f"{title} ...")
+        try:
+            timing = time_build(
+                builder,
+                setup,
+                num_warmup=settings.num_warmup,
+                num_repeats=settings.num_repeats,
+                seconds=settings.seconds,
+                report=report,
+            )
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            note = " ".join(str(error).split())[:200]
+            report(f"{title}: left out ({type(error).__name__}: {note})")
+            return {**_cost(setup.recipe, full, encoder), "error": note}
         work = passes.flops(full, encoder) * timing.images_per_s
         row = {**_cost(setup.recipe, full, encoder), **asdict(timing), "share_of_matrix_rate": work / rate}
         report(row_text(title, row))
         return row
 
-    for build in settings.builds:
-        result["builds"][build] = timed(build, setup, build)
-    if {"project", "released"} <= result["builds"].keys():
-        speeds = {name: result["builds"][name]["images_per_s"] for name in ("project", "released")}
+    for build, builder in builders.items():
+        result["builds"][build] = timed(builder, setup, build)
+        keep(result)
+    speeds = {name: row["images_per_s"] for name, row in result["builds"].items() if "error" not in row}
+    if {"project", "released"} <= speeds.keys():
         result["speedup"] = speeds["project"] / speeds["released"]
         report(f"project against released: {result['speedup']:.2f} times the images/s")
+    recipes_build = builders.get("project", next(iter(builders.values())))
     for name in RECIPES:
         method, divergence = recipe_called(name)
         named = dataclasses.replace(setup, method=method, divergence=divergence)
         is_timed = name in settings.recipes
         result["recipes"][name] = (
-            timed(settings.builds[0], named, name) if is_timed else _cost(named.recipe, full, encoder)
+            timed(recipes_build, named, name) if is_timed else _cost(named.recipe, full, encoder)
         )
+        keep(result)
     return result
 
 
@@ -306,7 +363,7 @@ def _cost(recipe: Recipe, full: float, encoder: float) -> dict[str, Any]:
 
 HEADER = (
     f"{'build or recipe':<26}{'passes':>12}{'ms/step':>10}{'+-':>8}{'images/s':>10}{'GiB':>7}"
-    f"{'of rate':>9}{'waits':>7}"
+    f"{'of rate':>9}{'host ms':>10}{'waits':>7}"
 )
 
 
@@ -316,7 +373,7 @@ def row_text(title: str, row: dict[str, Any]) -> str:
     return (
         f"{title:<26}{row['passes']:>12}{row['median_ms']:>10.2f}{row['std_ms']:>8.2f}"
         f"{row['images_per_s']:>10.1f}{row['peak_memory_gib']:>7.1f}{row['share_of_matrix_rate']:>9.1%}"
-        f"{waits:>7}"
+        f"{row['host_ms']:>10.2f}{waits:>7}"
     )
 
 
@@ -334,6 +391,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", default=defaults.precision, choices=["bf16", "fp32"])
     parser.add_argument("--warmup", type=int, default=defaults.num_warmup)
     parser.add_argument("--repeats", type=int, default=defaults.num_repeats)
+    parser.add_argument(
+        "--seconds", type=float, default=defaults.seconds, help="of a row's warm-up, and of its timing"
+    )
     parser.add_argument("--matrix-size", type=int, default=defaults.matrix_size)
     given = parser.parse_args(arguments)
     settings = BenchmarkSettings(
@@ -348,10 +408,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device=given.device,
         num_warmup=given.warmup,
         num_repeats=given.repeats,
+        seconds=given.seconds,
         matrix_size=given.matrix_size,
     )
-    result = run_benchmark(settings, report=say)
-    keep_figures(result, given.output)
+    run_benchmark(settings, report=say, keep=lambda result: keep_figures(result, given.output))
     return 0
 
 
