@@ -45,11 +45,13 @@ def results(vertices: Tensor, faces: Tensor, backend: str, height: int, width: i
     vertices = vertices.clone().requires_grad_()
     colours = (torch.arange(len(vertices) * 2, device=DEVICE) % 7).view(-1, 2).float().requires_grad_()
     fragments = rasterise(vertices, faces, CAMERAS, height, width, backend=backend)
-    image = torch.cat([interpolate(colours, faces, fragments), fragments.coverage], dim=1)
+    flags = (torch.arange(faces.numel(), device=DEVICE) % 5).view(-1, 3, 1).float().requires_grad_()
+    values = [interpolate(attributes, faces, fragments) for attributes in (colours, flags)]
+    image = torch.cat([*values, fragments.coverage], dim=1)
     image = antialias(image, fragments, vertices, faces, CAMERAS)
     weight = torch.linspace(-1, 1, image.numel(), device=DEVICE).view(image.shape)
     ((image * weight).sum() + fragments.depth.sum()).backward()
-    assert vertices.grad is not None and colours.grad is not None
+    assert vertices.grad is not None and colours.grad is not None and flags.grad is not None
     return {
         "face": fragments.face,
         "barycentric": fragments.barycentric.detach(),
@@ -57,6 +59,7 @@ def results(vertices: Tensor, faces: Tensor, backend: str, height: int, width: i
         "image": image.detach(),
         "vertex gradient": vertices.grad,
         "colour gradient": colours.grad,
+        "corner gradient": flags.grad,
     }
 
 

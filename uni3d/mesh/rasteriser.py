@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from uni3d.errors import MissingPackageError, UsageError
+from uni3d.mesh import edge_functions
 from uni3d.mesh.antialias import MeshEdges, blend_silhouettes, mesh_edges
-from uni3d.mesh.edge_functions import gather_rows, hit_points, spread_rows
+from uni3d.mesh.edge_functions import gather_rows, spread_rows
 from uni3d.scene.camera import Cameras
 
 __all__ = [
@@ -54,6 +55,10 @@ class Fragments:
     barycentric: Tensor
     depth: Tensor
     backend: str
+    projected: Tensor
+    """The vertices in homogeneous pixels [B, V, 3], with their gradient."""
+    view_depth: Tensor
+    """[B, H, W] along the viewing axis, without gradient; counts only where a face is seen."""
 
     @property
     def coverage(self) -> Tensor:
@@ -103,9 +108,10 @@ def rasterise(
     projected, faces = cameras.project(vertices, height, width), faces.long()
     with torch.no_grad():
         face = _passes(name).visible_faces(projected.detach().float(), faces, height, width)
-    barycentric, view_depth = hit_points(projected, faces, face)
+    kernels = _kernels(name, projected)
+    barycentric, view_depth = (kernels or edge_functions).hit_points(projected, faces, face)
     depth = view_depth * cameras.ray_lengths(height, width).to(view_depth.dtype)
-    return Fragments(face, barycentric, depth, name)
+    return Fragments(face, barycentric, depth, name, projected, view_depth.detach())
 
 
 def interpolate(attributes: Tensor, faces: Tensor, fragments: Fragments) -> Tensor:
@@ -119,6 +125,9 @@ def interpolate(attributes: Tensor, faces: Tensor, fragments: Fragments) -> Tens
     shape = (*fragments.face.shape, attributes.shape[-1])
     if faces.shape[0] == 0:
         return (attributes.new_zeros(shape) + 0 * fragments.depth[..., None]).permute(0, 3, 1, 2)
+    kernels = _kernels(fragments.backend, fragments.barycentric, attributes)
+    if kernels is not None:
+        return kernels.interpolated(attributes, faces, fragments.face, fragments.barycentric)
     face = spread_rows(fragments.face, faces.shape[0])
     if attributes.ndim == 3:
         row = face[..., None] * 3 + torch.arange(3, device=face.device)
@@ -151,17 +160,13 @@ def antialias(
         )
     if faces.shape[0] == 0:
         return image
-    height, width = fragments.face.shape[1:]
-    ray_length = cameras.ray_lengths(height, width)
-    view_depth = torch.where(fragments.face >= 0, fragments.depth.detach().float() / ray_length, torch.inf)
-    return blend_silhouettes(
-        image,
-        cameras.project(vertices, height, width),
-        mesh_edges(faces) if edges is None else edges,
-        fragments.face,
-        view_depth,
-        _passes(fragments.backend),
-    )
+    edges = mesh_edges(faces) if edges is None else edges
+    projected, face, view_depth = fragments.projected, fragments.face, fragments.view_depth
+    kernels = _kernels(fragments.backend, image, projected)
+    if kernels is not None:
+        return kernels.blend_silhouettes(image, projected, edges, face, view_depth)
+    view_depth = torch.where(face >= 0, view_depth.float(), torch.inf)
+    return blend_silhouettes(image, projected, edges, face, view_depth, _passes(fragments.backend))
 
 
 def _check_mesh(vertices: Tensor, faces: Tensor) -> None:
@@ -188,6 +193,15 @@ def _passes(backend: str) -> ModuleType:
     return passes
 
 
+def _kernels(backend: str, *values: Tensor) -> ModuleType | None:
+    """The module of Triton kernels with gradients, for float32 and its backend."""
+    if backend != "triton" or any(value.dtype != torch.float32 for value in values):
+        return None
+    from uni3d.mesh import surface_kernels
+
+    return surface_kernels
+
+
 def _empty_fragments(vertices: Tensor, shape: tuple[int, int, int], backend: str) -> Fragments:
     """Nothing seen, with a zero gradient, so that a loss on it can still run backwards."""
     nothing = vertices.sum() * 0
@@ -196,4 +210,6 @@ def _empty_fragments(vertices: Tensor, shape: tuple[int, int, int], backend: str
         barycentric=vertices.new_zeros(*shape, 3) + nothing,
         depth=vertices.new_zeros(shape) + nothing,
         backend=backend,
+        projected=vertices.new_zeros(shape[0], *vertices.shape),
+        view_depth=vertices.new_zeros(shape),
     )

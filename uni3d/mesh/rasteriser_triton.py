@@ -32,7 +32,7 @@ _MARGIN = tl.constexpr(BOX_MARGIN)
 _MIN_AREA = tl.constexpr(MIN_AREA)
 _IS_INTERPRETED = knobs.runtime.interpret
 # Fused multiply-adds could round an edge differently in its two triangles and leave a gap between them.
-_OPTIONS = {"enable_fp_fusion": False}
+OPTIONS = {"enable_fp_fusion": False}
 
 
 def visible_faces(projected: Tensor, faces: Tensor, height: int, width: int) -> Tensor:
@@ -45,11 +45,11 @@ def visible_faces(projected: Tensor, faces: Tensor, height: int, width: int) -> 
     queue_length = torch.zeros(1, dtype=torch.int32, device=projected.device)
     mesh = (projected.contiguous(), faces.contiguous(), num_vertices, faces.shape[0])
     _small_faces[(triton.cdiv(num_items, LANES),)](
-        *mesh, num_items, height, width, keys, queue, queue_length, LANES=LANES, LIMIT=SMALL_BOX, **_OPTIONS
+        *mesh, num_items, height, width, keys, queue, queue_length, LANES=LANES, LIMIT=SMALL_BOX, **OPTIONS
     )
     _large_faces[QUEUE_READERS](
         *mesh, height, width, keys, queue, queue_length, TILE=TILE, READERS=QUEUE_READERS[0],
-        STRIDE=QUEUE_READERS[1], **_OPTIONS,
+        STRIDE=QUEUE_READERS[1], **OPTIONS,
     )  # fmt: skip
     return unpack_keys(keys).view(num_cameras, height, width)
 
@@ -58,16 +58,49 @@ def crossing_edges(
     projected: Tensor, ends: Tensor, opposite: Tensor, face: Tensor, depth: Tensor, *, wins_ties: bool
 ) -> Tensor:
     """As `rasteriser_torch.crossing_edges`."""
+    num_cameras, height, width = face.shape
+    keys = torch.full((num_cameras, height, width), NOTHING, device=projected.device)
+    _mark_silhouettes(projected, ends, opposite, face, depth, keys, is_column=False, wins_ties=wins_ties)
+    return unpack_keys(keys)
+
+
+def silhouette_keys(projected: Tensor, ends: Tensor, opposite: Tensor, face: Tensor, depth: Tensor) -> Tensor:
+    """The silhouettes between each pixel and the one right of it and, second, the one below: int64 keys
+    [2, B, H, W] whose low 32 bits are an edge; NOTHING for none.
+
+    Edges nearer to vertical (or at 45 degrees) count in rows, the others in columns. Arguments as those of
+    `crossing_edges`; `depth` counts only where there is a face.
+    """
+    keys = torch.full((2, *face.shape), NOTHING, device=projected.device)
+    for is_column, part in enumerate(keys):
+        _mark_silhouettes(
+            projected, ends, opposite, face, depth, part, is_column=bool(is_column), wins_ties=not is_column
+        )
+    return keys
+
+
+def _mark_silhouettes(
+    projected: Tensor,
+    ends: Tensor,
+    opposite: Tensor,
+    face: Tensor,
+    depth: Tensor,
+    keys: Tensor,
+    *,
+    is_column: bool,
+    wins_ties: bool,
+) -> None:
+    """Enter edges into `keys` [B, H, W], in rows or in columns."""
     _check_device(projected)
     num_cameras, height, width = face.shape
     num_items = num_cameras * ends.shape[0]
-    keys = torch.full((num_cameras * height * width,), NOTHING, device=projected.device)
+    # Columns are the rows of the transposed picture.
+    lines, length, line_step, step = (width, height, 1, width) if is_column else (height, width, width, 1)
     _crossing_edges[(triton.cdiv(num_items, LANES),)](
         projected.contiguous(), ends.contiguous(), opposite.contiguous(), projected.shape[1], ends.shape[0],
-        num_items, face.contiguous(), depth.contiguous(), height, width, keys,
-        LANES=LANES, WINS_TIES=wins_ties, **_OPTIONS,
+        num_items, face.contiguous(), depth.contiguous(), lines, length, line_step, step, keys,
+        LANES=LANES, IS_COLUMN=is_column, WINS_TIES=wins_ties, **OPTIONS,
     )  # fmt: skip
-    return unpack_keys(keys).view(num_cameras, height, width)
 
 
 def _check_device(projected: Tensor) -> None:
@@ -78,7 +111,7 @@ def _check_device(projected: Tensor) -> None:
 
 
 @triton.jit
-def _edge_normal(ax, ay, aw, bx, by, bw):
+def edge_normal(ax, ay, aw, bx, by, bw):
     """As `edge_functions.edge_normals`."""
     sx, sy, sw = ax + bx, ay + by, aw + bw
     dx, dy, dw = bx - ax, by - ay, bw - aw
@@ -86,7 +119,7 @@ def _edge_normal(ax, ay, aw, bx, by, bw):
 
 
 @triton.jit
-def _vertex(projected, camera, vertex, num_vertices, mask):
+def load_vertex(projected, camera, vertex, num_vertices, mask):
     place = projected + (camera.to(tl.int64) * num_vertices + vertex) * 3
     x = tl.load(place, mask=mask, other=0.0)
     y = tl.load(place + 1, mask=mask, other=0.0)
@@ -100,9 +133,9 @@ def _corners(projected, faces, num_vertices, num_faces, item, mask):
     first = tl.load(faces + face * 3, mask=mask, other=0)
     second = tl.load(faces + face * 3 + 1, mask=mask, other=0)
     third = tl.load(faces + face * 3 + 2, mask=mask, other=0)
-    ax, ay, aw = _vertex(projected, camera, first, num_vertices, mask)
-    bx, by, bw = _vertex(projected, camera, second, num_vertices, mask)
-    cx, cy, cw = _vertex(projected, camera, third, num_vertices, mask)
+    ax, ay, aw = load_vertex(projected, camera, first, num_vertices, mask)
+    bx, by, bw = load_vertex(projected, camera, second, num_vertices, mask)
+    cx, cy, cw = load_vertex(projected, camera, third, num_vertices, mask)
     return ax, ay, aw, bx, by, bw, cx, cy, cw
 
 
@@ -142,11 +175,11 @@ def _mark_pixels(
 ):  # fmt: skip
     """Enter the face into the keys of those of the candidate pixels (column x, row y) that it covers."""
     px, py = x.to(tl.float32) + 0.5, y.to(tl.float32) + 0.5
-    nx, ny, nw = _edge_normal(bx, by, bw, cx, cy, cw)
+    nx, ny, nw = edge_normal(bx, by, bw, cx, cy, cw)
     first = nx * px + ny * py + nw
-    nx, ny, nw = _edge_normal(cx, cy, cw, ax, ay, aw)
+    nx, ny, nw = edge_normal(cx, cy, cw, ax, ay, aw)
     second = nx * px + ny * py + nw
-    nx, ny, nw = _edge_normal(ax, ay, aw, bx, by, bw)
+    nx, ny, nw = edge_normal(ax, ay, aw, bx, by, bw)
     third = nx * px + ny * py + nw
     total = first + second + third
     is_inside = (first >= 0) & (second >= 0) & (third >= 0) | (first <= 0) & (second <= 0) & (third <= 0)
@@ -214,17 +247,19 @@ def _before_near_plane(ay, aw, by, bw):
 
 @triton.jit(do_not_specialize=["num_vertices", "num_edges", "num_items"])
 def _crossing_edges(
-    projected, ends, opposite, num_vertices, num_edges, num_items, face, depth, height, width, keys,
-    LANES: tl.constexpr, WINS_TIES: tl.constexpr,
+    projected, ends, opposite, num_vertices, num_edges, num_items, face, depth, lines, length, line_step,
+    step, keys, LANES: tl.constexpr, IS_COLUMN: tl.constexpr, WINS_TIES: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0) * LANES + tl.arange(0, LANES)
     is_item = item < num_items
     camera, edge = item // num_edges, (item % num_edges).to(tl.int64)
-    ax, ay, aw = _vertex(projected, camera, tl.load(ends + edge * 2), num_vertices, is_item)
-    bx, by, bw = _vertex(projected, camera, tl.load(ends + edge * 2 + 1), num_vertices, is_item)
-    px, py, pw = _vertex(projected, camera, tl.load(opposite + edge * 2), num_vertices, is_item)
-    qx, qy, qw = _vertex(projected, camera, tl.load(opposite + edge * 2 + 1), num_vertices, is_item)
-    nx, ny, nw = _edge_normal(ax, ay, aw, bx, by, bw)
+    ax, ay, aw = load_vertex(projected, camera, tl.load(ends + edge * 2), num_vertices, is_item)
+    bx, by, bw = load_vertex(projected, camera, tl.load(ends + edge * 2 + 1), num_vertices, is_item)
+    px, py, pw = load_vertex(projected, camera, tl.load(opposite + edge * 2), num_vertices, is_item)
+    qx, qy, qw = load_vertex(projected, camera, tl.load(opposite + edge * 2 + 1), num_vertices, is_item)
+    if IS_COLUMN:
+        ax, ay, bx, by, px, py, qx, qy = ay, ax, by, bx, py, px, qy, qx
+    nx, ny, nw = edge_normal(ax, ay, aw, bx, by, bw)
     side = nx * (px - ax) + ny * (py - ay) + nw * (pw - aw)
     other_side = nx * (qx - ax) + ny * (qy - ay) + nw * (qw - aw)
     has_positive = (side > 0) | (other_side > 0)
@@ -236,8 +271,8 @@ def _crossing_edges(
     start, end = _before_near_plane(ay, aw, by, bw), _before_near_plane(by, bw, ay, aw)
     is_seen = ((aw > _NEAR) | (bw > _NEAR)) & _is_finite(start, end, start)
     is_walked = is_item & (has_positive != has_negative) & is_steep & is_seen
-    low = tl.minimum(tl.maximum(tl.ceil(tl.minimum(start, end) - 0.5), 0.0), height * 1.0)
-    high = tl.minimum(tl.maximum(tl.ceil(tl.maximum(start, end) - 0.5), 0.0), height * 1.0)
+    low = tl.minimum(tl.maximum(tl.ceil(tl.minimum(start, end) - 0.5), 0.0), lines * 1.0)
+    high = tl.minimum(tl.maximum(tl.ceil(tl.maximum(start, end) - 0.5), 0.0), lines * 1.0)
     first = tl.where(is_walked, low, 0.0).to(tl.int32)
     count = tl.where(is_walked, high - low, 0.0).to(tl.int32)
     nx = tl.where(is_walked, nx, 1.0)
@@ -248,13 +283,13 @@ def _crossing_edges(
         share = (y * aw - ay) / ((by - ay) - y * (bw - aw))
         crossing_depth = aw + tl.minimum(tl.maximum(share, 0.0), 1.0) * (bw - aw)
         column = tl.floor(x - 0.5)
-        is_within = (place < count) & (column >= 0) & (column < width - 1)
+        is_within = (place < count) & (column >= 0) & (column < length - 1)
         column = tl.where(is_within, column, 0.0)
-        left = (camera.to(tl.int64) * height + row) * width + column.to(tl.int32)
+        left = camera.to(tl.int64) * lines * length + row * line_step + column.to(tl.int32) * step
         left_face = tl.load(face + left, mask=is_within, other=-1)
-        right_face = tl.load(face + left + 1, mask=is_within, other=-1)
-        left_depth = tl.load(depth + left, mask=is_within, other=0.0)
-        right_depth = tl.load(depth + left + 1, mask=is_within, other=0.0)
+        right_face = tl.load(face + left + step, mask=is_within, other=-1)
+        left_depth = tl.load(depth + left, mask=left_face >= 0, other=float("inf"))
+        right_depth = tl.load(depth + left + step, mask=right_face >= 0, other=float("inf"))
         left_is_nearer = left_depth < right_depth
         faces_lie_left = (nx < 0) == has_positive
         is_between = (left_face != right_face) & (left_depth != right_depth)
