@@ -89,7 +89,7 @@ def test_silhouette_is_that_of_the_ray_caster() -> None:
     seen = fragments.face[0] >= 0
     assert (seen != torch.from_numpy(view.alpha > 0)).sum() <= 1e-3 * seen.sum()
     # Antialiased opacity is the covered share of each pixel, on average.
-    opacity = antialias(fragments.coverage, fragments, vertices, faces, CAMERAS[:1])[0, 0]
+    opacity = antialias(fragments.coverage, fragments, faces)[0, 0]
     share = torch.from_numpy(Raycaster(mesh).render(CAMERAS[:1], 64, supersample=8).alpha)
     hard_error = (seen.float() - share).abs().sum()
     assert (opacity - share).abs().sum() < 0.3 * hard_error
@@ -131,7 +131,7 @@ def test_a_face_through_the_camera_plane_is_seen_where_it_lies_before_it() -> No
     seen = fragments.face >= 0
     assert torch.equal(seen, exact.isfinite()) and 0.3 < seen.float().mean() < 0.9
     torch.testing.assert_close(fragments.depth[seen], exact[seen].float(), rtol=1e-4, atol=1e-4)
-    assert antialias(fragments.coverage, fragments, vertices, faces, cameras).isfinite().all()
+    assert antialias(fragments.coverage, fragments, faces).isfinite().all()
 
 
 def test_nothing_behind_the_camera_is_seen() -> None:
@@ -151,7 +151,7 @@ def test_degenerate_and_broken_faces_are_not_seen_and_harm_no_gradient() -> None
     fragments = rasterise(everything, all_faces, CAMERAS, 32, 32)
     assert torch.equal(fragments.face, clean.face)
     image = interpolate(everything, all_faces, fragments)
-    antialias(image, fragments, everything, all_faces, CAMERAS).square().sum().backward()
+    antialias(image, fragments, all_faces).square().sum().backward()
     assert everything.grad is not None and everything.grad[: num + 3].isfinite().all()
 
 
@@ -162,7 +162,7 @@ def test_an_empty_mesh_gives_empty_images_that_run_backwards() -> None:
     assert fragments.face.shape == (2, 6, 8) and (fragments.face == -1).all()
     image = interpolate(torch.zeros(0, 5), faces, fragments)
     assert image.shape == (2, 5, 6, 8)
-    image = antialias(image, fragments, vertices, faces, CAMERAS)
+    image = antialias(image, fragments, faces)
     (image.sum() + fragments.depth.sum()).backward()
 
 
@@ -184,9 +184,9 @@ def test_cameras_are_independent() -> None:
         alone = rasterise(vertices, faces, CAMERAS[index : index + 1], 32, 40)
         assert torch.equal(alone.face[0], together.face[index])
         image = interpolate(vertices, faces, together)
-        both = antialias(image, together, vertices, faces, CAMERAS)[index]
+        both = antialias(image, together, faces)[index]
         one = interpolate(vertices, faces, alone)
-        one = antialias(one, alone, vertices, faces, CAMERAS[index : index + 1])[0]
+        one = antialias(one, alone, faces)[0]
         torch.testing.assert_close(one, both)
 
 
@@ -197,7 +197,7 @@ def test_images_and_gradients_are_bitwise_the_same_in_every_run() -> None:
         vertices = first_vertices.clone().requires_grad_()
         fragments = rasterise(vertices, faces, CAMERAS, 96, 96)
         image = torch.cat([interpolate(vertices, faces, fragments), fragments.coverage], dim=1)
-        image = antialias(image, fragments, vertices, faces, CAMERAS)
+        image = antialias(image, fragments, faces)
         (image.square().sum() + fragments.depth.sum()).backward()
         results.append((image.detach(), vertices.grad))
     for image, gradient in results[1:]:
@@ -229,7 +229,7 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(UsageError, match="attributes must be"):
         interpolate(torch.zeros(3), faces, fragments)
     with pytest.raises(UsageError, match="the image is"):
-        antialias(torch.zeros(1, 3, 8, 8), fragments, vertices, faces, CAMERAS)
+        antialias(torch.zeros(1, 3, 8, 8), fragments, faces)
 
 
 def test_the_backend_is_chosen_with_a_reason() -> None:

@@ -35,7 +35,7 @@ def mesh_of(shape: str) -> tuple[Tensor, Tensor]:
 
 def opacity(vertices: Tensor, faces: Tensor, height: int, width: int) -> Tensor:
     fragments = rasterise(vertices, faces, CAMERAS, height, width)
-    return antialias(fragments.coverage, fragments, vertices, faces, CAMERAS)
+    return antialias(fragments.coverage, fragments, faces)
 
 
 def slope(function: Callable[[Tensor], Tensor], step: float) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ def test_an_object_before_another_moves_their_common_edge() -> None:
         fragments = rasterise(vertices, faces, cameras, 48, 48)
         image = interpolate(colours.to(vertices.dtype), faces, fragments)
         assert (fragments.face >= 0).all()
-        return antialias(image, fragments, vertices, faces, cameras).mean()[None]
+        return antialias(image, fragments, faces).mean()[None]
 
     gradient, difference = slope(white, 0.05)
     assert difference < -0.01

@@ -48,7 +48,7 @@ def results(vertices: Tensor, faces: Tensor, backend: str, height: int, width: i
     flags = (torch.arange(faces.numel(), device=DEVICE) % 5).view(-1, 3, 1).float().requires_grad_()
     values = [interpolate(attributes, faces, fragments) for attributes in (colours, flags)]
     image = torch.cat([*values, fragments.coverage], dim=1)
-    image = antialias(image, fragments, vertices, faces, CAMERAS)
+    image = antialias(image, fragments, faces)
     weight = torch.linspace(-1, 1, image.numel(), device=DEVICE).view(image.shape)
     ((image * weight).sum() + fragments.depth.sum()).backward()
     assert vertices.grad is not None and colours.grad is not None and flags.grad is not None

@@ -3,7 +3,7 @@
     fragments = rasterise(vertices, faces, cameras, 512, 512)
     colour = interpolate(vertex_colours, faces, fragments)
     maps = torch.cat([colour, fragments.coverage], dim=1)
-    maps = antialias(maps, fragments, vertices, faces, cameras)
+    maps = antialias(maps, fragments, faces)
 
 Which face is visible has no gradient. Everything else has: barycentric coordinates and depth move with the
 vertices inside a surface, antialiasing moves silhouettes. Pixel centres, axes and depth are those of
@@ -138,20 +138,14 @@ def interpolate(attributes: Tensor, faces: Tensor, fragments: Fragments) -> Tens
 
 
 def antialias(
-    image: Tensor,
-    fragments: Fragments,
-    vertices: Tensor,
-    faces: Tensor,
-    cameras: Cameras,
-    *,
-    edges: MeshEdges | None = None,
+    image: Tensor, fragments: Fragments, faces: Tensor, *, edges: MeshEdges | None = None
 ) -> Tensor:
-    """`image` [B, C, H, W] with antialiased silhouettes, whose gradient reaches the vertices.
+    """`image` [B, C, H, W] with antialiased silhouettes, whose gradient reaches the vertices of `fragments`.
 
     Finding the silhouettes is most of the work: put all maps of a render into the channels of one call.
     `edges`: of `mesh_edges(faces)`, which spares sorting the faces when they stay the same. A pixel with
     silhouettes on several sides (a feature thinner than two pixels) can leave the range of its neighbours.
-    The fragments must come from the same vertices, faces and cameras. Raises UsageError if the sizes differ.
+    The fragments must come from the same faces. Raises UsageError if the sizes differ.
     """
     if image.ndim != 4 or (image.shape[0], *image.shape[2:]) != tuple(fragments.face.shape):
         got, expected = list(image.shape), list(fragments.face.shape)

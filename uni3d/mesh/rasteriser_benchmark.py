@@ -123,7 +123,7 @@ def _step(
         attributes = torch.cat([vertex_normals(vertices, faces), colours], dim=1)
         maps = torch.cat([interpolate(attributes, faces, fragments), fragments.coverage], dim=1)
         mark()
-        image = antialias(maps, fragments, vertices, faces, cameras, edges=edges)
+        image = antialias(maps, fragments, faces, edges=edges)
         mark()
         (image.square().mean() + fragments.depth.mean()).backward()
         mark()

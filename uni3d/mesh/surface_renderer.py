@@ -76,7 +76,7 @@ class SurfaceRenderer:
         canvas = self._background(background, fragments)
         image = canvas.masked_scatter(seen[..., None].expand_as(canvas), values).permute(0, 3, 1, 2)
         maps = torch.cat([image, seen[:, None].to(image.dtype)], dim=1)
-        maps = antialias(maps, fragments, self.vertices, self.faces, cameras, edges=self.edges)
+        maps = antialias(maps, fragments, self.faces, edges=self.edges)
         if supersample > 1:
             maps = torch.nn.functional.avg_pool2d(maps, supersample)
         return SurfaceImages(maps[:, :3], maps[:, 3:4])

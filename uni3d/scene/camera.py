@@ -114,19 +114,18 @@ class Cameras:
         the camera, so nothing is divided and no point is singular; x and y count pixels from the top left
         corner of the image, y downwards. `rays` looks through (column + 0.5, row + 0.5).
         """
-        # Written out instead of as a matrix product, which autocast or TF32 would round to ten bits.
-        px, py, pz = points[None, :, :].unbind(-1)
-        along_right, along_up, along_backward = (
-            axis[:, 0:1] * px + axis[:, 1:2] * py + axis[:, 2:3] * pz
-            for axis in (axis.to(points.dtype) for axis in self.axes())
-        )
-        depth = self.radius[:, None].to(points.dtype) - along_backward
-        pixels_per_slope = (height / 2 / torch.tan(torch.deg2rad(self.fov_y_deg) / 2))[:, None].to(
-            points.dtype
-        )
-        x = pixels_per_slope * along_right + width / 2 * depth
-        y = height / 2 * depth - pixels_per_slope * along_up
-        return torch.stack([x, y, depth], dim=-1)
+        right, up, backward = self.axes()
+        pixels_per_slope = (height / 2 / torch.tan(torch.deg2rad(self.fov_y_deg) / 2))[:, None]
+        rows = [
+            pixels_per_slope * right - width / 2 * backward,
+            -pixels_per_slope * up - height / 2 * backward,
+            -backward,
+        ]
+        turn = torch.stack(rows, dim=1).to(points.dtype)
+        shift = torch.stack([width / 2 * self.radius, height / 2 * self.radius, self.radius], dim=-1)
+        # Not a matrix product, which autocast or TF32 would round to ten bits.
+        turned = (turn[:, None] * points[None, :, None, :]).sum(-1)
+        return turned + shift.to(points.dtype)[:, None]
 
     def ray_lengths(self, height: int, width: int) -> Tensor:
         """Distance from the camera of a point at depth 1 in each pixel's centre, float32 [B, H, W]."""
