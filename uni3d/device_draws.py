@@ -33,5 +33,6 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """`tensor` on `device`; from the CPU to a GPU the copy is queued and the host goes on."""
     target = torch.device(device)
     if tensor.device.type == "cpu" and target.type != "cpu":
-        return tensor.pin_memory().to(target, non_blocking=True)
+        # Pinning keeps strides, and an expanded tensor's let nothing be copied into it.
+        return tensor.contiguous().pin_memory().to(target, non_blocking=True)
     return tensor.to(target)
