@@ -72,6 +72,19 @@ def test_scores_and_gradients_are_those_of_the_plain_pass(tiny_teacher_folder: P
     assert len(network._captured) == 2
 
 
+def test_half_a_pass_is_that_of_the_whole(tiny_teacher_folder: Path) -> None:
+    teacher, _, _ = build(tiny_teacher_folder)
+    x = torch.randn(1, *teacher.latent_shape).requires_grad_()
+    sigma, context = torch.ones(1), teacher.encode_text(["a red chair"])
+    whole = teacher.denoise(x, sigma, context).middle
+    (of_whole,) = torch.autograd.grad(whole.sum(), x)
+    teacher.middle_pass = GraphedPass(teacher.eager_middle, teacher.network, RepeatingRecorder)
+    for _ in range(2):
+        half = teacher.middle_features(x, sigma, context)
+        torch.testing.assert_close(half, whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.autograd.grad(half.sum(), x)[0], of_whole, rtol=1e-4, atol=1e-5)
+
+
 def test_a_step_of_the_optimiser_is_seen_by_the_next_replay(tiny_teacher_folder: Path) -> None:
     teacher, fake, (network, _) = build(tiny_teacher_folder)
     teacher.network_pass = network

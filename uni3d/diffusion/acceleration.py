@@ -27,6 +27,7 @@ def accelerate(teacher: LatentDiffusionTeacher, mode: str) -> str:
     Returns what was chosen and why, for the log. Fake scores on the teacher's network are included.
     """
     teacher.network_pass, teacher.encode_pass = teacher.eager_pass, teacher.eager_encode
+    teacher.middle_pass = teacher.eager_middle
     teacher.network_changed = lambda: None
     is_cuda = teacher.device.type == "cuda"
     if mode == "off":
@@ -42,7 +43,9 @@ def accelerate(teacher: LatentDiffusionTeacher, mode: str) -> str:
         teacher.encode_pass = WithFallback(encode, teacher.eager_encode, "compile of the autoencoder")
         return "torch.compile"
     graphed = GraphedPass(teacher.eager_pass, teacher.network)
-    changed = [graphed.forget]
+    half = GraphedPass(teacher.eager_middle, teacher.network)
+    changed = [graphed.forget, half.forget]
+    teacher.middle_pass = WithFallback(half, teacher.eager_middle, "graphs of half the network")
     teacher.network_pass = WithFallback(graphed, teacher.eager_pass, "graphs of the network")
     teacher.encode_pass = WithFallback(
         GraphedPass(teacher.eager_encode, teacher.vae), teacher.eager_encode, "graphs of the autoencoder"

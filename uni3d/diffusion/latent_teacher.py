@@ -73,9 +73,10 @@ class LatentDiffusionTeacher(ABC):
         views_per_group: how many neighbouring samples of a batch the network denoises together, because it
             was trained on several views of one object (MVDream); they share a noise level. 1: each alone.
         network_pass: how the network is run; replaced by a compiled or captured form of `eager_pass`.
+        middle_pass: the same for `eager_middle`.
         encode_pass: the same for `eager_encode`.
         network_changed: to be called by who puts parameters into the network or takes them out, since a
-            captured `network_pass` knows only those of its capture.
+            captured pass knows only those of its capture.
     """
 
     network: Any
@@ -89,6 +90,7 @@ class LatentDiffusionTeacher(ABC):
     camera_token: CameraToken | None = None
     views_per_group: int = 1
     network_pass: NetworkPass = field(init=False)
+    middle_pass: Callable[[Tensor, Tensor, Tensor], Tensor] = field(init=False)
     encode_pass: Callable[[Tensor], Tensor] = field(init=False)
     network_changed: Callable[[], object] = field(init=False)
 
@@ -108,6 +110,7 @@ class LatentDiffusionTeacher(ABC):
         self.middle_block.register_forward_hook(self._record_middle)
         self.time_embedding.register_forward_hook(self._add_to_time_embedding)
         self.network_pass = self.eager_pass
+        self.middle_pass = self.eager_middle
         self.encode_pass = self.eager_encode
         self.network_changed = lambda: None
 
@@ -325,19 +328,22 @@ class LatentDiffusionTeacher(ABC):
         finally:
             self._addition = self._middle = None
 
-    def middle_features(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-        """The middle of the network alone, float32 [B, F, h, w]: half a pass, differentiable in x."""
+    def eager_middle(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """The network up to its middle as torch runs it: (scaled x, timestep, context) -> [B, F, h, w]."""
         self._stops_at_middle = True
         try:
-            x_scaled = self.network_input(x, sigma).to(self.dtype)
-            x_scaled = x_scaled.contiguous(memory_format=torch.channels_last)
-            self.call_network(x_scaled, self.network_timestep(sigma), context.to(self.dtype))
+            self.call_network(x, timestep, context)
             raise AssertionError("the middle block was not reached")
         except _MiddleReached:
             assert self._middle is not None
-            return self._middle.float()
+            return self._middle
         finally:
             self._stops_at_middle, self._middle = False, None
+
+    def middle_features(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        """The middle of the network alone, float32 [B, F, h, w]: half a pass, differentiable in x."""
+        x_scaled = self.network_input(x, sigma).to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return self.middle_pass(x_scaled, self.network_timestep(sigma), context.to(self.dtype)).float()
 
     def _record_middle(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._middle = self.middle_map(output)
