@@ -143,7 +143,7 @@ class RendererConfig:
     """Samples across the field's cube before empty space is pruned."""
     occupancy_interval: int = 8
     """Steps between two looks at which parts of the cube are empty."""
-    background: Literal["random", "greys", "white", "grey"] = "random"
+    background: Literal["random", "greys", "white", "grey"] = "greys"
     """Colour behind the object while training: random colours, random greys, or always the same."""
 
     def __post_init__(self) -> None:
