@@ -111,6 +111,7 @@ def load(folder: Path, *, visitors: int, jobs: int, steps: int, stub: bool, wait
         "seen_by_others": seen_by_others,
         "errors": errors,
         "first_screen_s": round(served.first_screen_s, 2),
+        "page_ready_s": round(served.page_ready_s, 2),
         "actions": len(seconds),
         "action_ms_median": round(1000 * median(seconds), 1),
         "action_ms_95": round(1000 * quantiles(seconds, n=20)[-1], 1),

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,21 @@ def test_two_methods_side_by_side(visit: Any, served: Served) -> None:
         )
     assert "--method uni-instruct" in page.inner_text("#left-result")
     assert "--method sds" in page.inner_text("#right-result")
+
+
+def test_the_first_screen_gives_way_to_the_page(browser: Any, tmp_path: Path) -> None:
+    served = Served(tmp_path / "data")
+    served.launch()
+    with closing(served), closing(browser.new_context(color_scheme="dark", **PHONE)) as context:
+        page = context.new_page()
+        page.goto(f"{served.address}?job=of-another")
+        assert page.inner_text("#state").startswith("The page is starting")
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE_WIDTH
+        assert page.locator("img").count() > 0
+        assert page.evaluate("[...document.images].every(picture => picture.naturalWidth > 0)")
+        page.wait_for_selector("#generate", timeout=120_000)
+        page.get_by_text("there is no such job").first.wait_for()
+        assert page.url == f"{served.address}?job=of-another"
 
 
 def test_an_open_page_outlives_its_server(visit: Any, tmp_path: Path) -> None:

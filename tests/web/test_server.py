@@ -45,6 +45,11 @@ def test_the_server_needs_no_torch() -> None:
     assert found.stdout.strip() == "[]"
 
 
+def test_something_is_there_long_before_the_page(served: Served) -> None:
+    assert served.look() == "page"
+    assert served.first_screen_s < served.page_ready_s / 2
+
+
 def test_files_of_a_job_are_for_its_visitor_alone(served: Served, done: tuple[Visitor, str]) -> None:
     visitor, job = done
     names = ("mesh.glb", "model.zip", "preview.png", "config.yaml")
@@ -201,7 +206,7 @@ def test_an_open_address_without_a_password_warns(
 ) -> None:
     from uni3d.web import server
 
-    monkeypatch.setitem(sys.modules, "starlette.middleware", None)  # far enough
+    monkeypatch.setitem(sys.modules, "gradio", None)  # far enough
     monkeypatch.setattr(server.os, "environ", dict(server.os.environ))
     assert server.main(["--host", "0.0.0.0", "--folder", str(tmp_path)]) == 3
     assert "warning: everyone who reaches this address" in capsys.readouterr().err

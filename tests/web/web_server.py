@@ -12,10 +12,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import uni3d
+from uni3d.web.first_screen import MARK
 
 _SERVE = """
 import sys
@@ -41,27 +44,49 @@ class Served:
         ]
         self.process: subprocess.Popen[bytes] | None = None
         self.first_screen_s = 0.0
+        self.page_ready_s = 0.0
+        self._started = 0.0
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}/"
 
-    def start(self) -> float:
-        """Start and wait for the first screen; returns the seconds until then."""
+    def launch(self) -> None:
+        """Start, and wait for the first screen."""
         package = str(Path(uni3d.__file__).parents[1])
-        started = time.monotonic()
+        self._started = time.monotonic()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self._command, env=os.environ | {"PYTHONPATH": package}, stdout=log, stderr=log
             )
-        while time.monotonic() - started < 120:
-            try:
-                if Visitor(self).get("/")[0] == 200:
-                    self.first_screen_s = time.monotonic() - started
-                    return self.first_screen_s
-            except OSError:
-                time.sleep(0.05)
-            assert self.process.poll() is None, self.log.read_text()
+        self._wait_for(lambda: self.look() is not None)
+        self.first_screen_s = time.monotonic() - self._started
+
+    def start(self) -> None:
+        """Start, and wait for the page itself."""
+        self.launch()
+        self._wait_for(lambda: self.look() == "page")
+        self.page_ready_s = time.monotonic() - self._started
+
+    def look(self) -> str | None:
+        """What / shows: "first screen", "page", or None where nothing answers."""
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+            with closing(connection):
+                connection.request("GET", "/")
+                answer = connection.getresponse()
+                answer.read()
+        except (OSError, http.client.HTTPException):
+            return None
+        assert answer.status == 200
+        return "page" if answer.getheader(MARK) is None else "first screen"
+
+    def _wait_for(self, is_there: Callable[[], bool]) -> None:
+        while time.monotonic() - self._started < 120:
+            if is_there():
+                return
+            assert self.process is not None and self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
         raise AssertionError(self.log.read_text())
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -88,9 +113,13 @@ class Served:
         self.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """End the server if it still runs."""
         if self.process is not None and self.process.poll() is None:
             self.stop()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class Visitor:

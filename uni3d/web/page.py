@@ -18,6 +18,7 @@ from uni3d.prompts import MAX_PROMPT_LENGTH
 from uni3d.web import views
 from uni3d.web.desk import EXAMPLE, OWN_DIVERGENCE, Desk, read_order, seed_of, text_of
 from uni3d.web.examples import EXAMPLE_PROMPTS, Example
+from uni3d.web.first_screen import PURPOSE
 from uni3d.web.job_queue import JobQueue
 from uni3d.web.jobs import JobStore
 from uni3d.web.orders import MAX_SEED_ON_PAGE, METHODS, METHODS_WITH_DIVERGENCE, Order
@@ -33,9 +34,8 @@ ESTIMATE_INTERVAL_S = 10.0
 QUALITY_NAMES = {"draft": "Draft (coarse, fast)", "default": "Default (finer, slower)"}
 QUALITY_CHOICES = [(QUALITY_NAMES.get(name, name), name) for name in reversed(PRESET_FILES)]
 SHOW_IN_ADDRESS = "(id) => { history.replaceState(null, '', id ? '?job=' + encodeURIComponent(id) : '.') }"
-GREETING = """# uni3d
-Say what to make, and a textured 3D mesh grows from noise while you watch. Jobs run one after the other on
-this machine; you may close the page and come back."""
+GREETING = f"""# uni3d
+{PURPOSE} Jobs run one after the other on this machine; you may close the page and come back."""
 KNOWN = "One object. The teacher that comes with uni3d knows 270 kinds: furniture, plants, cars, vases ..."
 # The second click of a double click, and a key that is held down, order nothing.
 ONE_CLICK = """<script>

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from uni3d.errors import MissingPackageError, Uni3DError, UsageError
+from uni3d.web.examples import examples_folder, load_examples
+from uni3d.web.first_screen import FirstScreen
 from uni3d.web.settings import WebSettings, make_private_folder
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -63,36 +65,32 @@ def serve(options: argparse.Namespace, worker_command: Sequence[str] | None) -> 
             "uni3d: warning: everyone who reaches this address can use the page and this machine; "
             f"pass --auth USER:PASSWORD or set {AUTH_VARIABLE}\n"
         )
-    os.environ["GRADIO_TEMP_DIR"] = str(settings.folder)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
+    folder = examples_folder() if options.examples is None else options.examples.resolve()
+    examples = load_examples(folder)
+    with FirstScreen(options.host, options.port, examples) as first_screen:
+        sys.stdout.write(f"uni3d: {first_screen.address} opens the page in a few seconds\n")
+        sys.stdout.flush()
+        gradio = _import_gradio(settings)
         from starlette.middleware import Middleware
 
-        with _quick_start():
-            import gradio as gr
-    except ImportError as error:
-        raise MissingPackageError('the web page needs gradio: pip install "uni3d[demo]"') from error
+        from uni3d.web import page, views
+        from uni3d.web.access import VisitorGate
+        from uni3d.web.job_queue import JobQueue
+        from uni3d.web.jobs import JobStore
+        from uni3d.web.supervisor import WORKER_COMMAND, Supervisor
 
-    from uni3d.web import page, views
-    from uni3d.web.access import VisitorGate
-    from uni3d.web.examples import examples_folder, load_examples
-    from uni3d.web.job_queue import JobQueue
-    from uni3d.web.jobs import JobStore
-    from uni3d.web.supervisor import WORKER_COMMAND, Supervisor
-
-    store = JobStore(settings)
-    examples = examples_folder() if options.examples is None else options.examples.resolve()
-    if examples is not None:
-        gr.set_static_paths([examples])
-    blocks = page.build_page(store, JobQueue(settings.folder), load_examples(examples))
-    gate = Middleware(VisitorGate, store=store, examples=examples)
+        store = JobStore(settings)
+        if folder is not None:
+            gradio.set_static_paths([folder])
+        blocks = page.build_page(store, JobQueue(settings.folder), examples)
+        gate = Middleware(VisitorGate, store=store, examples=folder)
     # Gradio lets files of the working directory be sent; an empty one holds none.
     with tempfile.TemporaryDirectory(prefix="uni3d-page-") as empty:
         os.chdir(empty)
         try:
             blocks.launch(
                 server_name=options.host,
-                server_port=options.port,
+                server_port=first_screen.port,
                 share=options.share,
                 auth=auth,
                 theme=page.theme(),
@@ -108,7 +106,7 @@ def serve(options: argparse.Namespace, worker_command: Sequence[str] | None) -> 
                 prevent_thread_lock=True,
                 max_file_size=1,
             )
-            # Only now: the first screen has the machine to itself.
+            # Only now: until the page is there it has the machine to itself.
             with Supervisor(store, worker_command or WORKER_COMMAND):
                 threading.Event().wait()
         finally:
@@ -116,9 +114,21 @@ def serve(options: argparse.Namespace, worker_command: Sequence[str] | None) -> 
             os.chdir("/")
 
 
+def _import_gradio(settings: WebSettings) -> Any:
+    """Gradio, which keeps its files in the private folder and reports to nobody."""
+    os.environ["GRADIO_TEMP_DIR"] = str(settings.folder)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        with _quick_start():
+            import gradio
+    except ImportError as error:
+        raise MissingPackageError('the web page needs gradio: pip install "uni3d[demo]"') from error
+    return gradio
+
+
 @contextmanager
 def _quick_start() -> Iterator[None]:
-    """Import gradio in half the time, which until the first screen is most of it.
+    """Import gradio in half the time, which until the page is there is most of it.
 
     It writes type stubs for editors, but leaves out classes whose source file is unknown, so for this long
     its own are. And what an import makes stays: no garbage is found in between.
