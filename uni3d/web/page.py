@@ -36,7 +36,7 @@ QUALITY_CHOICES = [(QUALITY_NAMES.get(name, name), name) for name in reversed(PR
 SHOW_IN_ADDRESS = "(id) => { history.replaceState(null, '', id ? '?job=' + encodeURIComponent(id) : '.') }"
 GREETING = f"""# uni3d
 {PURPOSE} Jobs run one after the other on this machine; you may close the page and come back."""
-KNOWN = "One object. The teacher that comes with uni3d knows 270 kinds: furniture, plants, cars, vases ..."
+KNOWN = "One object. The teacher that comes with uni3d knows 286 kinds: furniture, plants, cars, vases ..."
 # The second click of a double click, and a key that is held down, order nothing.
 ONE_CLICK = """<script>
 document.addEventListener("click", (event) => {
