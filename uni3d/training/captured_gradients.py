@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from uni3d.diffusion.graphed_pass import CUDAGraphRecorder, Recorder
 from uni3d.errors import Interrupted
 
 logger = logging.getLogger(__name__)
 
-WARM_UP_PASSES = 3  # compilers and the choice of convolution algorithms are done by then
 LossFunction = Callable[..., Tensor]
 
 
@@ -29,14 +29,21 @@ class CapturedGradients:
         parameters: whose gradients are wanted.
         is_enabled: record graphs; for parameters on a CUDA device only. A graph is kept for every combination
             of shapes. When recording fails a warning says why, and steps run plainly from then on.
+        recorder: makes what records one combination.
     """
 
     def __init__(
-        self, loss_of: LossFunction, parameters: Sequence[nn.Parameter], *, is_enabled: bool
+        self,
+        loss_of: LossFunction,
+        parameters: Sequence[nn.Parameter],
+        *,
+        is_enabled: bool,
+        recorder: Callable[[], Recorder] = CUDAGraphRecorder,
     ) -> None:
         self.loss_of = loss_of
         self.parameters = list(parameters)
         self.is_enabled = is_enabled
+        self._recorder = recorder
         self._recordings: dict[tuple[torch.Size, ...], _Recording] = {}
 
     def __call__(self, *tensors: Tensor) -> Tensor:
@@ -62,7 +69,8 @@ class CapturedGradients:
         key = tuple(tensor.shape for tensor in tensors)
         recording = self._recordings.get(key)
         if recording is None:
-            recording = self._recordings[key] = _Recording(self.loss_of, self.parameters, tensors)
+            recording = _Recording(self.loss_of, self.parameters, tensors, self._recorder())
+            self._recordings[key] = recording
         loss, gradients = recording.replay(tensors)
         self._hand_over(gradients)
         return loss
@@ -77,25 +85,31 @@ class _Recording:
     """One graph over its own copies of the arguments."""
 
     def __init__(
-        self, loss_of: LossFunction, parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]
+        self,
+        loss_of: LossFunction,
+        parameters: Sequence[nn.Parameter],
+        tensors: Sequence[Tensor],
+        recorder: Recorder,
     ) -> None:
         self._inputs = [tensor.detach().clone() for tensor in tensors]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_PASSES):
-                _loss_and_gradients(loss_of, parameters, self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._loss, self._gradients = _loss_and_gradients(loss_of, parameters, self._inputs)
+        self._is_reached: list[bool] = []
+
+        def work() -> list[Tensor]:
+            loss, gradients = _loss_and_gradients(loss_of, parameters, self._inputs)
+            self._is_reached = [gradient is not None for gradient in gradients]
+            return [loss, *(gradient for gradient in gradients if gradient is not None)]
+
+        recorder.warm_up(work)
+        self._results, self._replay = recorder.record(work)
 
     def replay(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor | None]]:
         for own, given in zip(self._inputs, tensors, strict=True):
             own.copy_(given)
-        self._graph.replay()
+        self._replay()
+        loss, *gradients = self._results
+        found = iter(gradients)
         # The next replay writes into the graph's own memory again, and losses are summed up over steps.
-        return self._loss.clone(), self._gradients
+        return loss.clone(), [next(found) if reached else None for reached in self._is_reached]
 
 
 def _loss_and_gradients(
