@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import closing
+from importlib import util
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from uni3d.errors import UsageError
 from uni3d.web.examples import Example
 from uni3d.web.first_screen import FREE_PORTS, MARK, FirstScreen
 from uni3d.web.orders import Order
+from uni3d.web.server import main
 
 
 @pytest.fixture
@@ -32,6 +34,11 @@ def ask(port: int, path: str, method: str = "GET", accept: str = "*/*", body: by
         connection.request(method, path, body, {"Accept": accept})
         answer = connection.getresponse()
         return answer, answer.read().decode()
+
+
+def needs_demo_extra() -> None:
+    for package in ("gradio", "huey"):
+        pytest.importorskip(package, reason="the demo extra is not installed")
 
 
 def test_the_page_is_one_file_that_asks_nothing_of_others(screen: FirstScreen) -> None:
@@ -77,8 +84,7 @@ def test_the_port_is_free_at_once_whoever_is_still_connected(screen: FirstScreen
 def test_a_port_in_use_is_one_sentence(
     screen: FirstScreen, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from uni3d.web.server import main
-
+    needs_demo_extra()
     assert main(["--port", str(screen.port), "--folder", str(tmp_path / "data")]) == 2
     assert f"port {screen.port} of 127.0.0.1 is in use; pass another" in capsys.readouterr().err
 
@@ -95,8 +101,20 @@ def test_without_a_port_the_first_free_one_is_taken() -> None:
 
 
 def test_a_server_that_is_still_starting_leaves_when_told(tmp_path: Path) -> None:
+    needs_demo_extra()
     served = Served(tmp_path / "data")
     served.launch()
     assert served.look() == "first screen"
     assert served.stop(signal.SIGTERM) == 143
     assert served.look() is None
+
+
+@pytest.mark.parametrize("missing", ["gradio", "huey"])
+def test_a_missing_package_is_said_before_the_first_screen(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name == missing else object())
+    assert main(["--folder", str(tmp_path / "data")]) == 3
+    said = capsys.readouterr()
+    assert not said.out and f'needs {missing}: pip install "uni3d[demo]"' in said.err
+    assert not (tmp_path / "data").exists()

@@ -7,18 +7,15 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from uni3d.errors import MissingPackageError, Uni3DError, UsageError
+import gradio as gr
+
+from uni3d.errors import Uni3DError, UsageError
 from uni3d.web import views
 from uni3d.web.access import address_of, visitor_from
 from uni3d.web.job_queue import JobQueue
 from uni3d.web.jobs import Job, JobStore
 from uni3d.web.orders import MAX_SEED_ON_PAGE, Order, check_order
 from uni3d.web.speed import Estimates
-
-try:
-    import gradio as gr
-except ImportError as error:
-    raise MissingPackageError('the web page needs gradio: pip install "uni3d[demo]"') from error
 
 OWN_DIVERGENCE = "the method's own"
 EXAMPLE = "example"  # what a panel has seen that shows a finished example

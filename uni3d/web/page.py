@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import gradio as gr
+
 from uni3d.config.presets import PRESET_FILES
 from uni3d.config.text_to_3d import TextTo3DConfig
 from uni3d.config.values import DIVERGENCE_NAMES
-from uni3d.errors import MissingPackageError, Uni3DError, UsageError
+from uni3d.errors import Uni3DError, UsageError
 from uni3d.prompts import MAX_PROMPT_LENGTH
 from uni3d.web import views
 from uni3d.web.desk import EXAMPLE, OWN_DIVERGENCE, Desk, read_order, seed_of, text_of
@@ -23,11 +25,6 @@ from uni3d.web.job_queue import JobQueue
 from uni3d.web.jobs import JobStore
 from uni3d.web.orders import MAX_SEED_ON_PAGE, METHODS, METHODS_WITH_DIVERGENCE, Order
 from uni3d.web.settings import WebSettings
-
-try:
-    import gradio as gr
-except ImportError as error:
-    raise MissingPackageError('the web page needs gradio: pip install "uni3d[demo]"') from error
 
 POLL_INTERVAL_S = 1.0
 ESTIMATE_INTERVAL_S = 10.0

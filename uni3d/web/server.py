@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import inspect
 import os
 import signal
@@ -58,6 +59,9 @@ def _end_process(code: int) -> NoReturn:
 
 def serve(options: argparse.Namespace, worker_command: Sequence[str] | None) -> None:
     """Launch the page with `options` and wait."""
+    for package in ("gradio", "huey"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError(f'the web page needs {package}: pip install "uni3d[demo]"')
     settings = _settings(options)
     auth = _auth(options.auth or os.environ.get(AUTH_VARIABLE))
     if auth is None and (options.share or options.host not in LOOPBACK):
@@ -118,11 +122,8 @@ def _import_gradio(settings: WebSettings) -> Any:
     """Gradio, which keeps its files in the private folder and reports to nobody."""
     os.environ["GRADIO_TEMP_DIR"] = str(settings.folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        with _quick_start():
-            import gradio
-    except ImportError as error:
-        raise MissingPackageError('the web page needs gradio: pip install "uni3d[demo]"') from error
+    with _quick_start():
+        import gradio
     return gradio
 
 
