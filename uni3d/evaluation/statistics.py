@@ -121,16 +121,17 @@ def frechet_distance_of_gaussians(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor,
     """Squared Frechet distance of two Gaussians with means [F] and covariances [F, F], in float64.
 
     |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Dowson and Landau 1982). The trace of the root is
-    taken of the symmetric C_a^(1/2) C_b C_a^(1/2), which has the same eigenvalues.
+    the sum of the singular values of C_a^(1/2) C_b^(1/2), none of which is the root of a rounding error.
     """
     mean_a, cov_a, mean_b, cov_b = (value.double() for value in (mean_a, cov_a, mean_b, cov_b))
-    root_a = _symmetric_root(cov_a)
-    trace_of_root = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp_min(0).sqrt().sum()
+    trace_of_root = torch.linalg.svdvals(_symmetric_root(cov_a) @ _symmetric_root(cov_b)).sum()
     mean_term = (mean_a - mean_b).square().sum()
     distance = mean_term + torch.trace(cov_a) + torch.trace(cov_b) - 2 * trace_of_root
     return max(float(distance), 0.0)
 
 
 def _symmetric_root(matrix: Tensor) -> Tensor:
+    """The root of a covariance [F, F]; eigenvalues that cannot be told from rounding errors count as zero."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    smallest = values.abs().max() * len(values) * torch.finfo(values.dtype).eps
+    return (vectors * values.where(values > smallest, 0).sqrt()) @ vectors.T
