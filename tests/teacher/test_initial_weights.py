@@ -11,7 +11,7 @@ import pytest
 import torch
 from teacher_fixtures import SIZE, tiny_config, toy_views
 
-from uni3d.errors import MissingWeightsError, UsageError
+from uni3d.errors import ConfigError, MissingWeightsError, UsageError
 from uni3d.teacher.autoencoder import build_autoencoder
 from uni3d.teacher.checkpoint_files import read_tensors
 from uni3d.teacher.initial_weights import fit_weights, grow, read_initial_teacher
@@ -98,6 +98,25 @@ def test_training_starts_from_a_teacher_and_its_card_says_so(earlier: Path, tmp_
         "It started from a teacher that had seen 48 images"
         in (result.teacher_folder / "README.md").read_text()
     )
+
+
+def test_an_autoencoder_can_be_kept(earlier: Path, tmp_path: Path) -> None:
+    """Without a single step of its training: what the denoiser knows of its latents stays true."""
+    config = tiny_config(initial_teacher=str(earlier))
+    kept = dataclasses.replace(config.autoencoder, planned_minutes=0.0)
+    result = train_teacher(
+        dataclasses.replace(config, autoencoder=kept), None, tmp_path / "out", views=toy_views()
+    )
+    assert result.teacher_folder is not None
+    old, new = (load_teacher(folder).autoencoder for folder in (earlier, result.teacher_folder))
+    pixels = torch.from_numpy(toy_views().images[:4, ..., :3])
+    images = pixels.permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        before, after = (vae.encode(images).latent_dist.mean for vae in (old, new))
+        torch.testing.assert_close(new.decode(after).sample, old.decode(before).sample, rtol=0, atol=0.02)
+    assert (after - before).abs().mean() < 0.2 * before.std(), "but for whitening, the latents are the same"
+    with pytest.raises(ConfigError, match="set initial_teacher or train longer"):
+        tiny_config(autoencoder=kept)
 
 
 def test_known_words_keep_their_embedding_and_new_ones_get_one(earlier: Path) -> None:

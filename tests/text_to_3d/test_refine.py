@@ -106,6 +106,7 @@ def test_strength_is_spent_on_steps_noise_and_fading() -> None:
     assert half.stages.texture.steps == full.stages.texture.steps // 2 and none.stages.texture.steps == 0
     assert half.stages.texture.fading == full.stages.texture.fading / 2
     assert half.stages.texture.first_noise == full.stages.texture.first_noise / 2
+    assert half.stages.texture.tint_noise == full.stages.texture.tint_noise / 2 > 0
     assert half.stages.texture.guidance.noise_max[0][1] == full.stages.texture.guidance.noise_max[0][1] / 2
     assert full.stages.geometry.steps == 0, "texture mode has no geometry stage"
     both = RefineConfig(part="both").run_settings()
@@ -132,7 +133,7 @@ def test_a_stopped_run_goes_on_to_the_same_mesh(
         tmp_path,
         part="both",
         checkpoints=CheckpointsConfig(interval_s=0.0),
-        texture=TextureConfig(steps=3, fading=1.0, first_views=2, guidance=SMALL),
+        texture=TextureConfig(steps=3, fading=1.0, first_views=2, tint_noise=0.9, guidance=SMALL),
     )
     whole = refine(config)
 
@@ -249,22 +250,68 @@ def test_faded_colours_lose_their_hue_and_keep_their_contrast(red_box: Path) -> 
     assert none[is_light].min() > 0.5 > none[~is_light].max(), "green is lighter than red, as before"
 
 
-def test_first_colours_are_those_of_the_pictures(red_box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the teacher's pictures are blue, so is the mesh from all sides, before the first step."""
+BLUE = torch.tensor([0.1, 0.2, 0.8])
+
+
+def _grey_box(red_box: Path) -> TextureStudent:
+    """A box in greys, whose colours are to be found."""
     mesh = prepare_for_refine(read_untrusted_mesh(red_box)).mesh
     colour = FieldColour(RadianceField(resolutions=(8, 16)), SourceColour(mesh, by_face=True, fading=1.0))
-    student = TextureStudent(TextureConfig(), as_surface(mesh), colour)
+    return TextureStudent(TextureConfig(), as_surface(mesh), colour)
+
+
+def _blue_squares(num: int, rim: int) -> torch.Tensor:
+    """Pictures [num, 3, 16, 16]: blue within a grey rim of so many pixels."""
+    pictures = torch.full((num, 3, 16, 16), 0.7)
+    pictures[:, :, rim:-rim, rim:-rim] = BLUE[:, None, None]
+    return pictures
+
+
+def _pixels_of(student: TextureStudent) -> torch.Tensor:
+    """Colours [K, 3] of the mesh as seen from all sides."""
+    with torch.no_grad():
+        cameras = ring_cameras(4, elevation_deg=35.0)
+        seen = student.renderer().render(cameras, 16, 0.0, colour=student.colour)
+    return seen.image.permute(0, 2, 3, 1)[seen.opacity[:, 0] > 0.99]
+
+
+def test_first_colours_are_those_of_the_pictures(red_box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the teacher's pictures are blue, so is the mesh from all sides, before the first step."""
+    student = _grey_box(red_box)
     monkeypatch.setattr(first_colours, "NUM_FIT_STEPS", 42)
     cameras = ring_cameras(3, elevation_deg=20.0)
-    blue = torch.tensor([0.1, 0.2, 0.8])
-    student.fit(cameras, blue[:, None, None].expand(3, 3, 16, 16), torch.Generator().manual_seed(0))
-    others = ring_cameras(4, elevation_deg=35.0)
-    with torch.no_grad():
-        seen = student.renderer().render(others, 16, 0.0, colour=colour)
-    on_mesh = seen.image.permute(0, 2, 3, 1)[seen.opacity[:, 0] > 0.99]
-    red, green, most = on_mesh.median(dim=0).values
-    assert most - max(red, green) > (blue[2] - blue[1]) / 2, "grey before; now most of the pictures' hue"
+    student.fit(cameras, _blue_squares(3, rim=1), torch.Generator().manual_seed(0))
+    red, green, most = _pixels_of(student).median(dim=0).values
+    assert most - max(red, green) > (BLUE[2] - BLUE[1]) / 2, "grey before; now most of the pictures' hue"
     assert not student.optimiser.state, "the stage's own optimiser starts fresh"
+
+
+def test_backgrounds_of_pictures_do_not_colour_the_mesh(red_box: Path) -> None:
+    student = _grey_box(red_box)
+    before = _pixels_of(student)
+    empty = torch.tensor([0.2, 0.7, 0.2])[:, None, None].expand(3, 3, 16, 16)
+    cameras = ring_cameras(3, elevation_deg=20.0)
+    student.fit(cameras, empty, torch.Generator().manual_seed(0))
+    student.take_tint(student.renderer().render(cameras, 16, 0.7, colour=student.colour), empty)
+    torch.testing.assert_close(_pixels_of(student), before, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("rim", [1, 6])
+def test_a_tint_colours_all_of_a_mesh_whatever_its_shape(red_box: Path, rim: int) -> None:
+    student = _grey_box(red_box)
+    before = _pixels_of(student)
+    cameras = ring_cameras(3, elevation_deg=20.0)
+    with torch.no_grad():
+        seen = student.renderer().render(cameras, 16, 0.7, colour=student.colour)
+    student.take_tint(seen, _blue_squares(2, rim))
+    after = _pixels_of(student)
+    assert (after[:, 2] > after[:, :2].amax(dim=1) + 0.2).float().mean() > 0.95
+    torch.testing.assert_close(after.median(dim=0).values, BLUE, atol=0.1, rtol=0)
+    lighter = before[:, 0] > before[:, 0].median()
+    assert after[lighter].mean() > after[~lighter].mean() + 0.02, "light parts stay lighter"
+    restored = _grey_box(red_box)
+    restored.load_state_dict(student.state_dict())
+    assert torch.equal(_pixels_of(restored), after)
 
 
 def test_changing_colours_can_be_learned_from_any_base() -> None:

@@ -83,10 +83,11 @@ class RefineConfig:
 
     geometry: GeometryConfig = GeometryConfig(steps=150)
     texture: TextureConfig = TextureConfig(
-        steps=100,
-        learning_rate=((0.0, 0.01), (1.0, 0.003)),
+        steps=50,
+        learning_rate=((0.0, 0.003), (1.0, 0.001)),
         fading=1.0,
         first_views=6,
+        tint_noise=0.97,
         guidance=_PAINTED,
     )
     cameras: CamerasConfig = CamerasConfig()
@@ -140,6 +141,7 @@ class RefineConfig:
                     steps=_steps(texture.steps, self.strength),
                     fading=self.strength * texture.fading,
                     first_noise=self.strength * texture.first_noise,
+                    tint_noise=self.strength * texture.tint_noise,
                     guidance=weakened(texture.guidance, self.strength),
                 ),
             ),

@@ -111,8 +111,10 @@ class TextureConfig:
     """How far a given mesh's own colours are first taken towards greys about the middle one, 0 to 1."""
     first_views: int = 0
     """Pictures of the mesh by the teacher that the colours start from; 0 leaves the colours as they are."""
-    first_noise: float = 0.65
+    first_noise: float = 0.6
     """Noise from which the teacher paints those pictures, as a fraction of its timesteps."""
+    tint_noise: float = 0.0
+    """The same of pictures before them, whose middle colour the whole mesh takes; 0 leaves them out."""
     lit: bool = False
     """Render under a changing light, so that the texture holds colours without light."""
     roughness: float = 1.0
@@ -128,6 +130,7 @@ class TextureConfig:
         check_range("texture.fading", self.fading, 0.0, 1.0)
         check_range("texture.first_views", self.first_views, 0, 64)
         check_range("texture.first_noise", self.first_noise, 0.0, 1.0)
+        check_range("texture.tint_noise", self.tint_noise, 0.0, 1.0)
         check_range("texture.roughness", self.roughness, 0.0, 1.0)
         check_range("texture.metalness", self.metalness, 0.0, 1.0)
 

@@ -1,6 +1,6 @@
 """Settings of the embedded teacher's training, as plain data; values out of range raise ConfigError.
 
-Every field is a key of `configs/teacher.yaml`. Minutes are wall-clock minutes of training, in all leases
+Every field is a key of `configs/teacher.yaml`. Minutes are wall-clock minutes of training, in all sessions
 together; a schedule is driven by minutes where `planned_minutes` is set and by steps where it is not.
 """
 
@@ -95,7 +95,7 @@ class AutoencoderConfig:
     weight_decay: float = 1e-4
     warmup_steps: int = 200
     planned_minutes: float | None = 5.0
-    """Length of the run; None trains `planned_steps` steps."""
+    """Length of the run; None trains `planned_steps` steps, 0 keeps that of `initial_teacher`."""
     planned_steps: int = 4000
     gradient_clip: float = 1.0
     crop_size: int | None = None
@@ -130,7 +130,7 @@ class AutoencoderConfig:
                 "learning_rate": (0, 10),
                 "weight_decay": (0, 10),
                 "warmup_steps": (0, 1e9),
-                "planned_minutes": _MINUTES,
+                "planned_minutes": (0, 1e6),
                 "planned_steps": _COUNT,
                 "gradient_clip": (1e-6, 1e9),
                 "crop_size": (1, 4096),
@@ -194,7 +194,7 @@ class DenoiserConfig:
     resume_warmup_steps: int = 100
     """Warm-up after a compact resume, whose optimiser starts with empty moments."""
     planned_minutes: float | None = 17.0
-    """Length of the run in all leases together; None trains `planned_steps` steps."""
+    """Length of the run in all sessions together; None trains `planned_steps` steps."""
     planned_steps: int = 20000
     gradient_clip: float = 1.0
     loss_weighting: Literal["v", "min_snr"] = "v"
@@ -312,3 +312,8 @@ class TeacherConfig:
                 "max_file_mib": (0.001, 1e6),
             },
         )
+        if self.autoencoder.planned_minutes == 0 and self.initial_teacher is None:
+            raise ConfigError(
+                "autoencoder.planned_minutes is 0, which keeps the autoencoder of initial_teacher, and there "
+                "is none; set initial_teacher or train longer"
+            )

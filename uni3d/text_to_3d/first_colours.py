@@ -2,8 +2,10 @@
 
     views of the mesh -> noise -> the teacher denoises them towards the prompt -> colours fitted to them
 
-A teacher paints one view of a given shape well, and views that disagree meet in the middle: good enough to
-begin with, whatever recipe goes on from there.
+Twice: from much noise for the one colour that the object as a whole takes (`typical_colour`), whatever shape
+the pictures have, and then from less for what is where on this shape (`fit_colours`). In one go a teacher
+would leave grey what it was shown grey, each view in other places. Views that still disagree meet in the
+middle: good enough to begin with, whatever recipe goes on from there.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from uni3d.diffusion.prompt import PromptContexts
+from uni3d.mesh.source_colour import COLOUR_MARGIN
 from uni3d.mesh.surface_renderer import SurfaceColour, SurfaceRenderer
 from uni3d.random_streams import Streams
 from uni3d.scene.camera import Cameras
 
 # Grey behind the object, as in the pictures that are judged.
 BACKGROUND = 0.7
+# A picture's pixels that differ more from its rim, in any channel, show the object.
+BACKGROUND_TOLERANCE = 0.08
 # Teacher passes in one batch.
 BATCH_SIZE = 4
 NUM_DENOISING_STEPS = 8
@@ -62,6 +67,21 @@ def teacher_pictures(
     return torch.cat(pictures)
 
 
+def object_pixels(pictures: Tensor) -> Tensor:
+    """Where `pictures` [B, 3, H, W] in [0, 1] show something before the plain colour of their rims: bool
+    [B, 1, H, W]. Teachers choose the lightness of a background themselves."""
+    sides = [pictures[:, :, 0], pictures[:, :, -1], pictures[:, :, :, 0], pictures[:, :, :, -1]]
+    background = torch.cat(sides, dim=2).median(dim=2).values[:, :, None, None]
+    return (pictures - background).abs().amax(dim=1, keepdim=True) > BACKGROUND_TOLERANCE
+
+
+def typical_colour(images: Tensor, shown: Tensor) -> Tensor | None:
+    """The middle colour, channel by channel, of the pixels `shown` [B, 1, H, W] of `images` [B, 3, H, W] in
+    [0, 1], as logits float32 [3]; None where nothing is shown."""
+    pixels = images.movedim(1, -1)[shown[:, 0]]
+    return torch.logit(pixels.median(dim=0).values, eps=COLOUR_MARGIN) if len(pixels) else None
+
+
 def fit_colours(
     parameters: list[nn.Parameter],
     renderer: SurfaceRenderer,
@@ -73,16 +93,18 @@ def fit_colours(
     """Move `parameters` so that the mesh in `colour` looks from `cameras` as in `pictures` [B, 3, H, W], one
     view after the other.
 
-    What a picture shows beside the mesh counts for nothing. The error is absolute, so that where pictures
-    disagree, or one shows its background on the mesh, most of them win.
+    What a picture shows beside the mesh, and its background on the mesh, count for nothing. The error is
+    absolute, so that where pictures disagree, most of them win.
     """
+    shown = object_pixels(pictures)
     optimiser = torch.optim.Adam(parameters, lr=FIT_LEARNING_RATE, betas=(0.9, 0.99), eps=1e-15, fused=True)
     for step in range(NUM_FIT_STEPS):
         index = step % len(cameras)
         view = slice(index, index + 1)
         seen = renderer.render(cameras[view], pictures.shape[-1], BACKGROUND, colour=colour)
-        error = (seen.opacity.detach() * (seen.image - pictures[view])).abs().sum()
-        loss = FIT_WEIGHT * error / seen.opacity.detach().sum().clamp(min=1.0) + smoothness()
+        opacity = seen.opacity.detach()
+        error = (opacity * shown[view] * (seen.image - pictures[view])).abs().sum()
+        loss = FIT_WEIGHT * error / opacity.sum().clamp(min=1.0) + smoothness()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

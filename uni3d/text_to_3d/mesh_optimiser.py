@@ -32,7 +32,13 @@ from uni3d.mesh.tetrahedra import SurfaceTopology
 from uni3d.scene.camera import Cameras, ring_cameras
 from uni3d.scene.radiance_field import RadianceField
 from uni3d.scene.regularisers import total_variation
-from uni3d.text_to_3d.first_colours import BACKGROUND, fit_colours, teacher_pictures
+from uni3d.text_to_3d.first_colours import (
+    BACKGROUND,
+    fit_colours,
+    object_pixels,
+    teacher_pictures,
+    typical_colour,
+)
 from uni3d.text_to_3d.scene_optimiser import (
     StepReport,
     build_distiller,
@@ -72,7 +78,8 @@ class Student(Protocol):
 
 
 class FieldColour(nn.Module):
-    """The colours of a surface: those of a radiance field, added to what the mesh had where `base` is given.
+    """The colours of a surface: those of a radiance field, added to what the mesh had where `base` is given,
+    and to one colour for all of it.
 
     The sum is formed before the sigmoid, so that a field of zeros leaves the base as it is and every colour
     stays in reach.
@@ -80,20 +87,25 @@ class FieldColour(nn.Module):
     Args:
         field: its colour is trained, its density is not used.
         base: colours float32 [K, 3] of points [K, 3], faces [K] and barycentric weights [K, 3].
+
+    Attributes:
+        tint: what is added everywhere, float32 [3]; zero at first.
     """
+
+    tint: Tensor
 
     def __init__(self, field: RadianceField, base: SurfaceColour | None = None) -> None:
         super().__init__()
         self.field = field
         self.base = base
+        self.register_buffer("tint", torch.zeros(3))
 
     def forward(self, points: Tensor, face: Tensor, barycentric: Tensor) -> Tensor:
-        colours = self.field.colour(points)
-        if self.base is None:
-            return colours
-        with torch.no_grad():
-            base = torch.logit(self.base(points, face, barycentric), eps=COLOUR_MARGIN)
-        return torch.sigmoid(torch.logit(colours, eps=1e-6) + base)
+        start = self.tint
+        if self.base is not None:
+            with torch.no_grad():
+                start = start + torch.logit(self.base(points, face, barycentric), eps=COLOUR_MARGIN)
+        return torch.sigmoid(torch.logit(self.field.colour(points), eps=1e-6) + start)
 
 
 class GeometryStudent:
@@ -192,6 +204,13 @@ class TextureStudent:
             parameters += group["params"]
         return descend(loss, self.optimiser, parameters, MAX_GRADIENT_NORM)
 
+    def take_tint(self, seen: SurfaceImages, pictures: Tensor) -> None:
+        """Give the mesh, which looks as `seen`, the middle colour of what `pictures` [B, 3, H, W] show."""
+        now = typical_colour(seen.image, seen.opacity > 0.9)
+        wanted = typical_colour(pictures, object_pixels(pictures))
+        if now is not None and wanted is not None:
+            self.colour.tint += wanted - now
+
     def fit(self, cameras: Cameras, pictures: Tensor, generator: torch.Generator) -> None:
         """Make the mesh look from `cameras` roughly as in `pictures` [B, 3, H, W], of a dense field by its
         coarse grids alone; the stage's optimiser is not used."""
@@ -210,10 +229,15 @@ class TextureStudent:
         field.set_active_levels(len(field.resolutions))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"field": self.colour.field.state_dict(), "optimiser": self.optimiser.state_dict()}
+        return {
+            "field": self.colour.field.state_dict(),
+            "tint": self.colour.tint,
+            "optimiser": self.optimiser.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.colour.field.load_state_dict(state["field"])
+        self.colour.tint.copy_(state["tint"])
         self.optimiser.load_state_dict(state["optimiser"])
 
 
@@ -309,17 +333,24 @@ class MeshOptimiser:
         cameras = ring_cameras(
             student.settings.first_views, elevation_deg=20.0, fov_y_deg=self.config.cameras.fov_y_deg
         ).to(self.device)
-        size = self.teacher.image_size
-        pictures = teacher_pictures(
-            self.distiller.contexts,
-            self.render(cameras, size, BACKGROUND).image,
-            cameras,
-            noise_level=student.settings.first_noise,
-            guidance_scale=self._value(self.guidance.guidance_scale),
-            generator=self.generator,
-            before_step=before_step,
-        )
-        student.fit(cameras, pictures, self.generator)
+
+        def pictures(seen: SurfaceImages, noise_level: float) -> Tensor:
+            return teacher_pictures(
+                self.distiller.contexts,
+                seen.image,
+                cameras,
+                noise_level=noise_level,
+                guidance_scale=self._value(self.guidance.guidance_scale),
+                generator=self.generator,
+                before_step=before_step,
+            )
+
+        size, settings = self.teacher.image_size, student.settings
+        if settings.tint_noise > 0:
+            seen = self.render(cameras, size, BACKGROUND)
+            student.take_tint(seen, pictures(seen, settings.tint_noise))
+        seen = self.render(cameras, size, BACKGROUND)
+        student.fit(cameras, pictures(seen, settings.first_noise), self.generator)
 
     def close(self) -> None:
         """Take the fake score's adapters off the shared teacher."""
