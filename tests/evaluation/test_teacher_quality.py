@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from uni3d.evaluation.benchmark_nouns import BenchmarkNoun, parse_prompt
 from uni3d.evaluation.settings import TeacherQualitySettings
 from uni3d.evaluation.teacher_quality import (
     FROM_ASSET,
+    References,
     TeacherCaption,
     cameras_for_views,
     evaluate_teacher,
     held_out_captions,
-    reference_images,
+    reference_renders,
     teacher_markdown,
 )
 from uni3d.evaluation.verdicts import right_view
@@ -47,6 +49,11 @@ def _perfect(texts: Sequence[str], views: Sequence[str], seed: int) -> torch.Ten
     return torch.stack(
         [EVALUATOR.image(part.noun or "", part.colour, view) for part, view in zip(parts, views, strict=True)]
     )
+
+
+def _references(captions: Sequence[TeacherCaption]) -> References:
+    images = _perfect([c.text for c in captions], [c.view for c in captions], 0)
+    return References(images, [c.noun for c in captions])
 
 
 def test_captions_are_held_out_balanced_and_repeatable() -> None:
@@ -105,7 +112,7 @@ def test_mistakes_and_failed_images_are_counted_not_dropped() -> None:
 
 def test_frechet_distance_tells_good_from_bad_samples() -> None:
     captions = held_out_captions(NOUNS, _records(), num=12)
-    reference = torch.cat([_perfect([c.text for c in captions], [c.view for c in captions], 0)] * 2)
+    reference = _references(captions * 2)
 
     def grey(texts: Sequence[str], views: Sequence[str], seed: int) -> torch.Tensor:
         return torch.full((len(texts), 3, 8, 8), 0.5)
@@ -115,6 +122,33 @@ def test_frechet_distance_tells_good_from_bad_samples() -> None:
     assert good["fd_evaluator"]["value"] == pytest.approx(0.0, abs=1e-4)
     assert bad["fd_evaluator"]["value"] > 0.05
     assert good["fd_evaluator"]["num_reference"] == 24
+
+
+def test_what_an_autoencoder_loses_stands_beside_the_samples() -> None:
+    captions = held_out_captions(NOUNS, _records(), num=12)
+    reference = _references(captions)
+
+    def chairs_only(images: torch.Tensor) -> torch.Tensor:
+        return EVALUATOR.image("chair", "red", "front").expand_as(images)
+
+    def report(reconstruct: Callable[[torch.Tensor], torch.Tensor] | None) -> dict[str, Any]:
+        return evaluate_teacher(
+            _perfect,
+            EVALUATOR,  # type: ignore[arg-type]
+            captions,
+            settings=SETTINGS,
+            reference=reference,
+            reconstruct=reconstruct,
+        )
+
+    faithful, poor = report(lambda images: images), report(chairs_only)
+    assert faithful["autoencoder"]["noun_macro_after"]["mean"] == 1.0
+    assert faithful["autoencoder"]["fd_evaluator"] == pytest.approx(0.0, abs=1e-6)
+    assert poor["autoencoder"]["noun_macro_before"]["mean"] == 1.0
+    assert poor["autoencoder"]["noun_macro_after"]["mean"] == pytest.approx(1 / 3)
+    assert poor["autoencoder"]["fd_evaluator"] > 0.05
+    assert "after the autoencoder in 33.3 %" in teacher_markdown(poor)
+    assert report(None)["autoencoder"] is None
 
 
 def test_a_sampler_of_the_wrong_shape_is_refused() -> None:
@@ -127,7 +161,8 @@ def test_cameras_and_references_match_what_is_asked() -> None:
     words = ["front", "side", "back", "overhead"] * 10
     assert cameras_for_views(words, seed=1).view_words() == words
     views = painted_views(10, role="neither")
-    assert reference_images(views, ["crate"], num=3).shape == (3, 3, 32, 32)
+    reference = reference_renders(views, ["crate"], num=3)
+    assert reference.images.shape == (3, 3, 32, 32) and reference.nouns == ["crate"] * 3
 
 
 def test_view_rule_for_objects_with_and_without_a_front() -> None:

@@ -22,7 +22,7 @@ from uni3d.teacher import denoiser_training
 from uni3d.teacher.checkpoint_files import STATE_NAME, read_state, read_tensors, write_checkpoint
 from uni3d.teacher.denoiser_training import compile_ahead
 from uni3d.teacher.progress import PhaseClock
-from uni3d.teacher.sampling import load_teacher, sample_grid, sample_views
+from uni3d.teacher.sampling import load_teacher, reconstruct_views, sample_grid, sample_views
 from uni3d.teacher.session import Session
 from uni3d.teacher.training import train_teacher
 
@@ -83,6 +83,19 @@ def test_samples_depend_on_seed_and_camera_but_not_on_batching(finished: Path) -
     assert (images - sample_views(teacher, prompts, None, num_steps=2, seed=3)).abs().max() > 1e-5
     ddim = sample_views(teacher, prompts, cameras, num_steps=2, seed=3, scheduler="ddim", guidance_scale=1.0)
     assert torch.isfinite(ddim).all()
+
+
+def test_renders_go_through_the_autoencoder_at_its_size(finished: Path) -> None:
+    teacher = load_teacher(finished / "teacher")
+    images = torch.rand(2, 3, SIZE, SIZE)
+    rebuilt = reconstruct_views(teacher, images)
+    with torch.no_grad():
+        latents = teacher.autoencoder.encode(2 * images - 1).latent_dist.mean
+        expected = teacher.autoencoder.decode(latents).sample / 2 + 0.5
+    torch.testing.assert_close(rebuilt, expected.clamp(0, 1))
+    plain = torch.full((1, 3, 3 * SIZE, 2 * SIZE), 0.4)
+    same = reconstruct_views(teacher, torch.full((1, 3, SIZE, SIZE), 0.4))
+    torch.testing.assert_close(reconstruct_views(teacher, plain), same)
 
 
 def test_grid_from_a_folder(finished: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -195,9 +196,9 @@ def _measure_teacher(
         cameras_for_views,
         evaluate_teacher,
         held_out_captions,
-        reference_images,
+        reference_renders,
     )
-    from uni3d.teacher.sampling import load_teacher, sample_views
+    from uni3d.teacher.sampling import load_teacher, reconstruct_views, sample_views
 
     judge = Evaluator.load(evaluator, device=device)
     modules = load_teacher(teacher, device=device)
@@ -219,13 +220,14 @@ def _measure_teacher(
         num=options.settings.num_captions,
         seed=options.settings.caption_seed,
     )
-    reference = reference_images(views, judge.noun_names, num=options.num_reference)
+    reference = reference_renders(views, judge.noun_names, num=options.num_reference)
     return evaluate_teacher(
         sample,
         judge,
         captions,
         settings=options.settings,
         reference=reference,
+        reconstruct=partial(reconstruct_views, modules),
         ceiling=ceiling_of(evaluator),
         output_dir=options.output,
     )

@@ -19,7 +19,7 @@ from uni3d.evaluation.evaluator import Evaluator
 from uni3d.evaluation.evaluator_data import basic_colours, recolourable
 from uni3d.evaluation.network import VIEW_WORDS, ImageOutput
 from uni3d.evaluation.smoothing import lossy_generator
-from uni3d.evaluation.statistics import Rate, bootstrap_rate, frechet_distance
+from uni3d.evaluation.statistics import Rate, bootstrap_rate, frechet_distance, macro_rate
 from uni3d.evaluation.verdicts import front_quadrants, right_view
 from uni3d.scene.camera import view_word
 
@@ -118,9 +118,9 @@ def measure_ceiling(
         "num_nouns": len(set(categories)),
         "noun": rate(where(noun_right, everything)),
         "noun_by_object": _by_object(noun_probabilities, asked_noun, assets, num_bootstrap),
-        "noun_macro": _macro(noun_right, categories, num_bootstrap),
+        "noun_macro": macro_rate(noun_right, categories, num_bootstrap),
         "noun_stress": rate(where(stress_right, everything)),
-        "noun_stress_macro": _macro(stress_right, categories, num_bootstrap),
+        "noun_stress_macro": macro_rate(stress_right, categories, num_bootstrap),
         "colour_natural": rate(colour),
         "colour_recoloured": rate(painted_right),
         "view": rate(where(right_view(view_probabilities, asked_view, with_front).float(), everything)),
@@ -157,14 +157,6 @@ def _by_object(
         rows = torch.from_numpy(np.flatnonzero(names == asset))
         right.append(float(probabilities[rows].mean(0).argmax() == asked[rows[0]]))
     return _as_dict(bootstrap_rate(right, num_resamples=num_bootstrap))
-
-
-def _macro(right: Tensor, categories: Sequence[str], num_bootstrap: int) -> dict[str, Any] | None:
-    """Mean over nouns of the accuracy on each noun's images; the bootstrap resamples nouns."""
-    names = np.asarray(categories)
-    values = right.numpy()
-    means = [float(values[names == name].mean()) for name in dict.fromkeys(categories)]
-    return _as_dict(bootstrap_rate(means, num_resamples=num_bootstrap))
 
 
 def _natural_colour_accuracy(

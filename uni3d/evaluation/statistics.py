@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,15 @@ def bootstrap_rate(
     picks = generator.integers(0, array.size, size=(num_resamples, array.size))
     low, high = np.quantile(array[picks].mean(axis=1), [0.025, 0.975])
     return Rate(float(array.mean()), float(low), float(high), int(array.size))
+
+
+def macro_rate(right: Tensor, groups: Sequence[str], num_resamples: int) -> dict[str, Any] | None:
+    """Mean over groups of the mean of `right` [N] within each, all groups alike, for JSON; the bootstrap
+    resamples groups."""
+    names, values = np.asarray(groups), right.numpy()
+    means = [float(values[names == name].mean()) for name in dict.fromkeys(groups)]
+    rate = bootstrap_rate(means, num_resamples=num_resamples)
+    return None if rate is None else rate.as_dict()
 
 
 @dataclass(frozen=True)

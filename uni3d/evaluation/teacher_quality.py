@@ -27,7 +27,7 @@ from uni3d.evaluation.evaluator_data import UNSEEN_ROLE, basic_colours
 from uni3d.evaluation.network import VIEW_WORDS
 from uni3d.evaluation.report import format_rate, markdown_table, stress_note
 from uni3d.evaluation.settings import TeacherQualitySettings
-from uni3d.evaluation.statistics import bootstrap_rate, frechet_distance
+from uni3d.evaluation.statistics import bootstrap_rate, frechet_distance, macro_rate
 from uni3d.evaluation.verdicts import right_view
 from uni3d.training.checkpoint import atomic_write_json, atomic_write_text
 
@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 SampleFn = Callable[[Sequence[str], Sequence[str], int], Tensor]
 
 _TRAINED_ROLES = frozenset({"teacher", "both"})
+# Renders that are sent through the autoencoder, and how many at once.
+_NUM_RECONSTRUCTED = 500
+_RECONSTRUCTION_BATCH = 50
 FROM_ASSET, NEW_COMBINATION = "held-out asset", "new combination"
 
 
@@ -145,15 +148,25 @@ def _alternate(first: list[Any], second: list[Any]) -> list[Any]:
     return mixed + first[shared:] + second[shared:]
 
 
-def reference_images(views: Views, nouns: Sequence[str], *, num: int, seed: int = 0) -> Tensor:
-    """Up to `num` renders of unseen assets of the benchmark's nouns on plain greys, float32 [N, 3, H, W]."""
+@dataclass(frozen=True)
+class References:
+    """Renders of unseen assets of the benchmark's nouns, in random order: images float32 [N, 3, H, W] in
+    [0, 1] on plain greys, and what each shows."""
+
+    images: Tensor
+    nouns: list[str]
+
+
+def reference_renders(views: Views, nouns: Sequence[str], *, num: int, seed: int = 0) -> References:
+    """Up to `num` of them."""
     keep = [
         index
         for index, record in enumerate(views.records)
         if record.role == UNSEEN_ROLE and record_category(record) in nouns
     ]
-    order = np.random.default_rng(seed).permutation(len(keep))[:num]
-    return grey_composites(views.images[[keep[index] for index in order]], seed=seed)
+    chosen = [keep[index] for index in np.random.default_rng(seed).permutation(len(keep))[:num]]
+    categories = [record_category(views.records[index]) or "" for index in chosen]
+    return References(grey_composites(views.images[chosen], seed=seed), categories)
 
 
 def evaluate_teacher(
@@ -162,7 +175,8 @@ def evaluate_teacher(
     captions: Sequence[TeacherCaption],
     *,
     settings: TeacherQualitySettings | None = None,
-    reference: Tensor | None = None,
+    reference: References | None = None,
+    reconstruct: Callable[[Tensor], Tensor] | None = None,
     ceiling: dict[str, Any] | None = None,
     output_dir: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -170,9 +184,11 @@ def evaluate_teacher(
 
     `sample(texts, view_words, seed)` returns images [C, 3, H, W] in [0, 1]; it decides itself whether to use
     cameras for the view words (`cameras_for_views` makes matching ones). Images with NaN or infinity count as
-    wrong. `reference` [N, 3, H, W] are held-out renders for FD-evaluator. `ceiling` is the evaluator's own
-    accuracy (metrics.json, key "ceiling"), shown beside the figures. With `output_dir`, writes
-    teacher_quality.json, teacher_quality.md and teacher_quality.png (a row per caption, a view per seed).
+    wrong. `reference` are held-out renders for FD-evaluator; `reconstruct` sends images [B, 3, H, W] in
+    [0, 1] through the teacher's autoencoder, whose loss is then measured on some of them. `ceiling` is the
+    evaluator's own accuracy (metrics.json, key "ceiling"), shown beside the figures. With `output_dir`,
+    writes teacher_quality.json, teacher_quality.md and teacher_quality.png (a row per caption, a view per
+    seed).
     """
     settings = settings or TeacherQualitySettings()
     if not captions or not settings.seeds:
@@ -210,6 +226,7 @@ def evaluate_teacher(
             for name, values in stacked.items()
         },
         "fd_evaluator": _distance(evaluator, torch.cat(features), reference),
+        "autoencoder": _autoencoder_loss(evaluator, reference, reconstruct, settings.num_bootstrap),
         "ceiling": ceiling,
         "per_noun": _group_means(stacked["noun"], [caption.noun for caption in captions]),
         "per_view": _group_means(stacked["view"], [caption.view for caption in captions]),
@@ -317,10 +334,40 @@ def _group_means(values: Tensor, groups: Sequence[str]) -> dict[str, float]:
     return {name: float(means[names == name].mean()) for name in sorted(set(groups))}
 
 
-def _distance(evaluator: Evaluator, features: Tensor, reference: Tensor | None) -> dict[str, Any] | None:
-    if reference is None or len(reference) < 4 or len(features) < 2:
+def _autoencoder_loss(
+    evaluator: Evaluator,
+    reference: References | None,
+    reconstruct: Callable[[Tensor], Tensor] | None,
+    num_bootstrap: int,
+) -> dict[str, Any] | None:
+    """How often the evaluator names renders right, all nouns alike, before and after the autoencoder: what no
+    denoiser can win back."""
+    if reference is None or reconstruct is None or len(reference.images) < 2:
         return None
-    real = evaluator.image_features(reference)
+    images, nouns = reference.images[:_NUM_RECONSTRUCTED], reference.nouns[:_NUM_RECONSTRUCTED]
+    asked = torch.tensor([evaluator.noun_names.index(noun) for noun in nouns])
+    rebuilt = torch.cat([reconstruct(part) for part in images.split(_RECONSTRUCTION_BATCH)])
+    outputs = [evaluator.encode(pictures) for pictures in (images, rebuilt)]
+    before, after = (
+        macro_rate(
+            (evaluator.noun_probabilities(output, evaluator.noun_names).argmax(1) == asked).float(),
+            nouns,
+            num_bootstrap,
+        )
+        for output in outputs
+    )
+    return {
+        "num_renders": len(images),
+        "noun_macro_before": before,
+        "noun_macro_after": after,
+        "fd_evaluator": frechet_distance(outputs[1].features, outputs[0].features),
+    }
+
+
+def _distance(evaluator: Evaluator, features: Tensor, reference: References | None) -> dict[str, Any] | None:
+    if reference is None or len(reference.images) < 4 or len(features) < 2:
+        return None
+    real = evaluator.image_features(reference.images)
     return {
         "value": frechet_distance(features, real),
         "num_generated": len(features),
@@ -362,6 +409,14 @@ def teacher_markdown(report: dict[str, Any]) -> str:
             f"FD-evaluator {distance['value']:.2f} ({distance['num_generated']} samples against "
             f"{distance['num_reference']} held-out renders; the renders' two halves: "
             f"{distance['reference_halves']:.2f}).",
+        ]
+    loss = report["autoencoder"]
+    if loss is not None:
+        lines += [
+            "",
+            f"Of {loss['num_renders']} held-out renders, all nouns alike, the right object is seen in "
+            f"{format_rate(loss['noun_macro_before'])}, and after the autoencoder in "
+            f"{format_rate(loss['noun_macro_after'])} (FD-evaluator {loss['fd_evaluator']:.2f}).",
         ]
     return "\n".join(lines) + "\n"
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.nn import functional
 
 from uni3d.diffusion.camera_token import CameraToken, insert_camera_token
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
@@ -173,9 +174,25 @@ def _sample_batch(
             without, with_text = output.chunk(2)
             output = without + guidance_scale * (with_text - without)
         latents = stepper.step(output, timestep, latents, return_dict=False)[0]
-    scale = float(modules.autoencoder.config["scaling_factor"])
-    decoder_dtype = next(modules.autoencoder.parameters()).dtype
-    images = modules.autoencoder.decode((latents / scale).to(decoder_dtype), return_dict=False)[0]
+    return _decode(modules, latents / float(modules.autoencoder.config["scaling_factor"]))
+
+
+@torch.no_grad()
+def reconstruct_views(teacher: TeacherModules, images: Tensor) -> Tensor:
+    """`images` [B, 3, H, W] in [0, 1] to latents and back: float32 [B, 3, S, S] in [0, 1] on the CPU, at the
+    teacher's own size S."""
+    side = int(teacher.autoencoder.config["sample_size"])
+    if images.shape[-2:] != (side, side):
+        images = functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    weight = next(teacher.autoencoder.parameters())
+    posterior = teacher.autoencoder.encode((2 * images - 1).to(weight), return_dict=False)[0]
+    return _decode(teacher, posterior.mode())
+
+
+def _decode(modules: TeacherModules, latents: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] on the CPU of unscaled latents."""
+    decode: Any = modules.autoencoder.decode
+    images = decode(latents.to(next(modules.autoencoder.parameters()).dtype), return_dict=False)[0]
     return (images.float() / 2 + 0.5).clamp(0, 1).cpu()
 
 
