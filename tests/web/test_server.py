@@ -14,6 +14,7 @@ from traversal import hostile_paths
 from web_fixtures import wait_for
 from web_server import Served, Visitor
 
+from uni3d.errors import UsageError
 from uni3d.web.access import MAX_REQUEST_BYTES
 
 FORM = "application/x-www-form-urlencoded"
@@ -206,7 +207,9 @@ def test_an_open_address_without_a_password_warns(
 ) -> None:
     from uni3d.web import server
 
-    monkeypatch.setitem(sys.modules, "gradio", None)  # far enough
-    monkeypatch.setattr(server.os, "environ", dict(server.os.environ))
-    assert server.main(["--host", "0.0.0.0", "--folder", str(tmp_path)]) == 3
+    def far_enough(*arguments: object) -> None:
+        raise UsageError("no port today")
+
+    monkeypatch.setattr(server, "FirstScreen", far_enough)
+    assert server.main(["--host", "0.0.0.0", "--folder", str(tmp_path)]) == 2
     assert "warning: everyone who reaches this address" in capsys.readouterr().err
