@@ -24,7 +24,7 @@ from uni3d.evaluation.ceiling import grey_composites
 from uni3d.evaluation.contact_sheet import SheetRow, write_contact_sheet
 from uni3d.evaluation.evaluator import Evaluator
 from uni3d.evaluation.evaluator_data import UNSEEN_ROLE, basic_colours
-from uni3d.evaluation.network import VIEW_WORDS
+from uni3d.evaluation.network import VIEW_WORDS, ImageOutput
 from uni3d.evaluation.report import format_rate, markdown_table, stress_note
 from uni3d.evaluation.settings import TeacherQualitySettings
 from uni3d.evaluation.statistics import bootstrap_rate, frechet_distance, macro_rate
@@ -212,6 +212,7 @@ def evaluate_teacher(
             row.append(image)
         logger.info("seed %d: %d images scored", seed, len(images))
     stacked = {name: torch.stack(values).float() for name, values in verdicts.items()}
+    seen = None if reference is None else evaluator.encode(reference.images)
     report: dict[str, Any] = {
         "num_captions": len(captions),
         "seeds": list(settings.seeds),
@@ -225,8 +226,10 @@ def evaluate_teacher(
             name: _summary(values, scorer.applies[name], settings.num_bootstrap)
             for name, values in stacked.items()
         },
-        "fd_evaluator": _distance(evaluator, torch.cat(features), reference),
-        "autoencoder": _autoencoder_loss(evaluator, reference, reconstruct, settings.num_bootstrap),
+        "fd_evaluator": None if seen is None else _distance(torch.cat(features), seen.features),
+        "autoencoder": None
+        if reference is None or seen is None or reconstruct is None
+        else _autoencoder_loss(evaluator, reference, seen, reconstruct, settings.num_bootstrap),
         "ceiling": ceiling,
         "per_noun": _group_means(stacked["noun"], [caption.noun for caption in captions]),
         "per_view": _group_means(stacked["view"], [caption.view for caption in captions]),
@@ -336,38 +339,36 @@ def _group_means(values: Tensor, groups: Sequence[str]) -> dict[str, float]:
 
 def _autoencoder_loss(
     evaluator: Evaluator,
-    reference: References | None,
-    reconstruct: Callable[[Tensor], Tensor] | None,
+    reference: References,
+    seen: ImageOutput,
+    reconstruct: Callable[[Tensor], Tensor],
     num_bootstrap: int,
 ) -> dict[str, Any] | None:
-    """How often the evaluator names renders right, all nouns alike, before and after the autoencoder: what no
-    denoiser can win back."""
-    if reference is None or reconstruct is None or len(reference.images) < 2:
+    """How often the evaluator, which sees `reference` as `seen`, names renders right, all nouns alike, before
+    and after the autoencoder: what no denoiser can win back."""
+    num = min(len(reference.images), _NUM_RECONSTRUCTED)
+    if num < 2:
         return None
-    images, nouns = reference.images[:_NUM_RECONSTRUCTED], reference.nouns[:_NUM_RECONSTRUCTED]
+    nouns = reference.nouns[:num]
     asked = torch.tensor([evaluator.noun_names.index(noun) for noun in nouns])
-    rebuilt = torch.cat([reconstruct(part) for part in images.split(_RECONSTRUCTION_BATCH)])
-    outputs = [evaluator.encode(pictures) for pictures in (images, rebuilt)]
-    before, after = (
-        macro_rate(
-            (evaluator.noun_probabilities(output, evaluator.noun_names).argmax(1) == asked).float(),
-            nouns,
-            num_bootstrap,
-        )
-        for output in outputs
-    )
+    parts = reference.images[:num].split(_RECONSTRUCTION_BATCH)
+    rebuilt = evaluator.encode(torch.cat([reconstruct(part) for part in parts]))
+
+    def rate(output: ImageOutput) -> dict[str, Any] | None:
+        named = evaluator.noun_probabilities(output, evaluator.noun_names)[:num].argmax(1)
+        return macro_rate((named == asked).float(), nouns, num_bootstrap)
+
     return {
-        "num_renders": len(images),
-        "noun_macro_before": before,
-        "noun_macro_after": after,
-        "fd_evaluator": frechet_distance(outputs[1].features, outputs[0].features),
+        "num_renders": num,
+        "noun_macro_before": rate(seen),
+        "noun_macro_after": rate(rebuilt),
+        "fd_evaluator": frechet_distance(rebuilt.features, seen.features[:num]),
     }
 
 
-def _distance(evaluator: Evaluator, features: Tensor, reference: References | None) -> dict[str, Any] | None:
-    if reference is None or len(reference.images) < 4 or len(features) < 2:
+def _distance(features: Tensor, real: Tensor) -> dict[str, Any] | None:
+    if len(real) < 4 or len(features) < 2:
         return None
-    real = evaluator.image_features(reference.images)
     return {
         "value": frechet_distance(features, real),
         "num_generated": len(features),
