@@ -7,12 +7,17 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from uni3d.scene import grid_kernels, ray_kernels
+from uni3d.scene import grid_kernels, network_kernels, ray_kernels
 
 H100 = GPUTarget("cuda", 90, 32)
 INTEGERS = (
     "num_points",
     "num_rays",
+    "num_features",
+    "num_units",
+    "num_outputs",
+    "grad_point_stride",
+    "grad_output_stride",
     "resolution",
     "size",
     "point_stride",
@@ -61,3 +66,6 @@ for features in (3,):
     constants = {"FEATURES": features, "RAYS": ray_kernels.RAYS}
     compile_for_h100(ray_kernels._composite_forward, **constants)
     compile_for_h100(ray_kernels._composite_backward, **constants)
+constants = {"POINTS": network_kernels.POINTS, "FEATURES": 32, "UNITS": 32, "OUTPUTS": 16}
+compile_for_h100(network_kernels._network_forward, **constants)
+compile_for_h100(network_kernels._network_backward, ROUNDS=network_kernels.ROUNDS, **constants)

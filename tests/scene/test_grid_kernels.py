@@ -94,7 +94,8 @@ def test_a_field_is_the_same_with_either(encoding: str, kernel_device: torch.dev
         scene = field(backend)
         density, colour = scene(points)
         normals = scene.normals(points)
-        total = (density * colour.sum(dim=1)).sum() + normals[:, 0].sum()
+        # Where the density is flat, rounding errors are all that a normal's gradient consists of.
+        total = (density * colour.sum(dim=1)).sum() + normals[points.norm(dim=1) < 0.3, 0].sum()
         found.append([density, colour, normals, *torch.autograd.grad(total, list(scene.parameters()))])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -122,4 +123,4 @@ def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
     script = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list(tmp_path.rglob("*.cubin"))) == 11
+    assert len(list(tmp_path.rglob("*.cubin"))) == 13

@@ -106,8 +106,10 @@ def _hash_backward(
     slot = first_slot + _level_slots(x, y, z, resolution, slot_mask)
     place = grad_table + slot[:, :, None] * FEATURES + feature[None, None, :]
     change = weight[:, :, None] * grad[:, None, :]
-    # Samples that no pixel sees have no gradient: nobody should wait for adding their zeros.
-    tl.atomic_add(place, change, mask=is_point[:, None, None] & (change != 0), sem="relaxed")
+    # Samples that no pixel sees have no gradient: nobody should wait for adding their zeros. One answer for a
+    # whole sample, so that the features of a slot can be added in one access.
+    is_seen = tl.max(tl.abs(grad), axis=1) > 0
+    tl.atomic_add(place, change, mask=(is_point & is_seen)[:, None, None], sem="relaxed")
 
 
 @triton.jit

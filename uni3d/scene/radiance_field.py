@@ -217,11 +217,27 @@ class RadianceField(nn.Module):
         if self.encoding == "dense":
             raw_density, raw_colour = self._raw_from_grids(unit, with_colour=with_colour)
         else:
-            hidden = torch.relu(self.hidden(self.hash_grid(unit.clamp(0, 1))))
-            raw_density = self.density_head(hidden)[:, 0] + self._raw_blob(points.detach())
-            raw_colour = self.colour_head(hidden) if with_colour else None
+            raw = self._raw_from_network(self.hash_grid(unit.clamp(0, 1)), with_colour=with_colour)
+            raw_density = raw[:, 0] + self._raw_blob(points.detach())
+            raw_colour = raw[:, 1:] if with_colour else None
         density = self._activate(raw_density) * is_inside
         return density, None if raw_colour is None else torch.sigmoid(raw_colour)
+
+    def _raw_from_network(self, features: Tensor, *, with_colour: bool) -> Tensor:
+        """Raw density and, if asked for, colour, [P, 1] or [P, 4], of hash features [P, K]."""
+        heads = [self.density_head, self.colour_head] if with_colour else [self.density_head]
+        apply = two_layers
+        if self.encoding_backend == "triton":
+            from uni3d.scene import network_kernels
+
+            apply = network_kernels.two_layers
+        return apply(
+            features,
+            self.hidden.weight,
+            self.hidden.bias,
+            torch.cat([head.weight for head in heads]),
+            torch.cat([head.bias for head in heads]),
+        )
 
     def _raw_from_grids(self, unit: Tensor, *, with_colour: bool) -> tuple[Tensor, Tensor | None]:
         raw_density = unit.new_zeros(unit.shape[0], 1)
@@ -264,6 +280,14 @@ class RadianceField(nn.Module):
             return log_density
         scaled = log_density.exp() / SOFTPLUS_SCALE
         return torch.log(torch.expm1(scaled))  # softplus(log(exp(v) - 1)) = v
+
+
+def two_layers(
+    features: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, head_weight: Tensor, head_bias: Tensor
+) -> Tensor:
+    """Outputs [P, C] of ReLU(features W1^T + b1) W2^T + b2, features [P, K], W1 [H, K], W2 [C, H]."""
+    hidden = torch.relu(nn.functional.linear(features, hidden_weight, hidden_bias))
+    return nn.functional.linear(hidden, head_weight, head_bias)
 
 
 def _linear(num_in: int, num_out: int, generator: torch.Generator | None) -> nn.Linear:
