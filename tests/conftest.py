@@ -41,6 +41,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel_device(request: pytest.FixtureRequest) -> torch.device:
+    """Where Triton kernels meet their twins: the GPU, marked `gpu`, or the CPU, on which they are interpreted
+    where there is no GPU."""
+    pytest.importorskip("triton", reason="comes with torch's CUDA builds, and with the extra 'test' on Linux")
+    if request.param == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the kernels are compiled for the GPU of this machine")
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A randomly initialised teacher of the real classes in the diffusers layout: 16 px images, 4 px

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from uni3d.diffusion import acceleration
 from uni3d.diffusion.acceleration import WithFallback, accelerate
 from uni3d.diffusion.graphed_pass import GraphedPass
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
@@ -30,6 +31,31 @@ def test_a_cpu_runs_plainly(tiny_teacher_folder: Path, caplog: pytest.LogCapture
         accelerate(teacher, "graphs")
     assert "CUDA graphs need a CUDA device" in caplog.text
     assert torch.equal(predict(teacher), before)
+
+
+def test_blocks_are_plain_again_when_that_is_chosen(tiny_teacher_folder: Path) -> None:
+    pytest.importorskip("triton")
+    teacher = LatentDiffusionTeacher.from_pretrained(tiny_teacher_folder)
+    before = predict(teacher)
+    types = [type(part) for part in teacher.network.modules()]
+    assert "fast blocks" in acceleration._with_fast_blocks(teacher)
+    assert [type(part) for part in teacher.network.modules()] != types
+    accelerate(teacher, "off")
+    assert [type(part) for part in teacher.network.modules()] == types
+    assert torch.equal(predict(teacher), before)
+
+
+def test_without_triton_the_blocks_stay_as_they_are(
+    tiny_teacher_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(network: object) -> None:
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(acceleration, "fast_blocks", fail)
+    teacher = LatentDiffusionTeacher.from_pretrained(tiny_teacher_folder)
+    with caplog.at_level(logging.WARNING):
+        assert acceleration._with_fast_blocks(teacher) == ""
+    assert "keep their plain blocks (No module named 'triton')" in caplog.text
 
 
 def test_a_compiler_that_fails_is_left_alone(

@@ -7,6 +7,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from uni3d.diffusion import norm_kernels
 from uni3d.scene import grid_kernels, network_kernels, ray_kernels
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -16,6 +17,11 @@ INTEGERS = (
     "num_features",
     "num_units",
     "num_outputs",
+    "num_pixels",
+    "num_channels",
+    "num_groups",
+    "num_chunks",
+    "chunk_size",
     "grad_point_stride",
     "grad_output_stride",
     "resolution",
@@ -24,8 +30,9 @@ INTEGERS = (
     "feature_stride",
     "channel_stride",
 )
-FLOATS = ("step", "half_extent", "per_unit", "limit")
+FLOATS = ("eps", "step", "half_extent", "per_unit", "limit")
 INT32_TENSORS = ("levels", "count")
+BF16_TENSORS = ("images", "grads", "weight", "bias", "results")
 INT64_TENSORS = ("found", "wanted", "kept", "places", "lit", "end")
 
 
@@ -42,20 +49,25 @@ def type_of(kernel: Any, name: str) -> str:
     is_slot = name == "start" and "directions" not in kernel.arg_names  # else a distance
     if name in INT64_TENSORS or is_slot:
         return "*i64"
+    if name in BF16_TENSORS:
+        return "*bf16"
     return "*i32" if name in INT32_TENSORS else "*fp32"
 
 
 def compile_for_h100(kernel: Any, **constants: int) -> str:
     """The machine code's assembly of a kernel."""
     signature = {name: type_of(kernel, name) for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    tensors = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in tensors}  # as torch allocates them
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return compile(source, target=H100).asm["ptx"]
 
 
 for features in (1, 2):
     constants = {"FEATURES": features, "POINTS": grid_kernels.BLOCK}
     compile_for_h100(grid_kernels._hash_forward, **constants)
-    assert "add.f32" in compile_for_h100(grid_kernels._hash_backward, **constants)
+    addition = "add.v2.f32" if features == 2 else "add.f32"
+    assert addition in compile_for_h100(grid_kernels._hash_backward, **constants)
 for channels in (3,):
     constants = {"CHANNELS": channels, "POINTS": grid_kernels.BLOCK}
     compile_for_h100(grid_kernels._dense_forward, **constants)
@@ -69,3 +81,10 @@ for features in (3,):
 constants = {"POINTS": network_kernels.POINTS, "FEATURES": 32, "UNITS": 32, "OUTPUTS": 16}
 compile_for_h100(network_kernels._network_forward, **constants)
 compile_for_h100(network_kernels._network_backward, ROUNDS=network_kernels.ROUNDS, **constants)
+tile = {"ROWS": norm_kernels.ROWS, "CHANNELS": norm_kernels.CHANNELS}
+table = {"WIDTH": 16, "CHUNKS": norm_kernels.CHUNKS_AT_ONCE}
+compile_for_h100(norm_kernels._moments, **tile)
+compile_for_h100(norm_kernels._statistics, **table)
+compile_for_h100(norm_kernels._backward_means, **table)
+for kernel in (norm_kernels._forward, norm_kernels._backward_sums, norm_kernels._backward):
+    compile_for_h100(kernel, IS_SILU=1, **tile)

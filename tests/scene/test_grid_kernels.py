@@ -28,7 +28,9 @@ def _points(num: int) -> Tensor:
 
 
 def _assert_twins(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours.cpu(), theirs.cpu(), atol=1e-6, rtol=1e-5)
+    # Atomic additions come in any order: sums of many terms that cancel are as exact as their largest.
+    scale = max(1.0, float(theirs.abs().max()))
+    torch.testing.assert_close(ours.cpu(), theirs.cpu(), atol=2e-6 * scale, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("num_features", "num_points"), [(1, 150), (2, 1), (4, 150)])
@@ -123,4 +125,4 @@ def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
     script = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list(tmp_path.rglob("*.cubin"))) == 13
+    assert len(list(tmp_path.rglob("*.cubin"))) == 19

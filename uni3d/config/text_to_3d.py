@@ -199,8 +199,8 @@ class NetworksConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the teacher: auto takes bfloat16 for a downloaded model on a GPU, else float32."""
     compile: Literal["auto", "off", "compile", "graphs"] = "auto"
-    """compile: torch.compile; graphs: captured CUDA graphs, without a compiler; auto: on a GPU graphs, with
-    the autoencoder compiled; off: plain execution, to which the others fall back with a warning."""
+    """compile: torch.compile; graphs: captured CUDA graphs, without a compiler; auto: graphs on a GPU;
+    off: plain execution, to which the others fall back with a warning."""
     image_size: int | None = None
     """Side in pixels at which the teacher sees the renders; none: the size it was trained on."""
     vae_slicing: bool = False

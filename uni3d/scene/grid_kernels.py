@@ -15,6 +15,7 @@ Legend: P points, C channels, L levels, F features a level, S slots, V vertices.
 
 # Triton reads the source of its functions; what their annotations say does not describe calling them.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 
 from __future__ import annotations
 

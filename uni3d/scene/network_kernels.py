@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 POINTS = 128  # at a time
 ROUNDS = 8  # of so many points each in a program of the backward pass, whose sums are kept in between
@@ -120,6 +121,7 @@ class _Network(torch.autograd.Function):
         return outputs.t()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         features, hidden_weight, hidden_bias, head_weight = ctx.saved_tensors
         (grad,) = grad_outputs
@@ -143,7 +145,7 @@ class _Network(torch.autograd.Function):
             _network_backward[(num_programs,)](
                 features, hidden_weight, hidden_bias, head_weight, grad, grad_features, *sums,
                 num_points, num_features, num_units, num_outputs, *features.stride(), *grad.stride(),
-                ROUNDS=ROUNDS, POINTS=POINTS, **sides,
+                ROUNDS=ROUNDS, POINTS=POINTS, **sides, num_stages=1,
             )  # fmt: skip
         hidden_weights, hidden_biases, head_weights, head_biases = (part.sum(dim=0) for part in sums)
         return (
