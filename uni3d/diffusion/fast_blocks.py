@@ -71,9 +71,9 @@ def plain_blocks(network: nn.Module) -> None:
     """Undo `fast_blocks`."""
     for part in network.modules():
         if type(part) is FastGroupNorm:
-            part.__class__ = nn.GroupNorm
+            part.__class__ = nn.GroupNorm  # pyright: ignore[reportAttributeAccessIssue]
         elif type(part) is FastResnetBlock:
-            part.__class__ = ResnetBlock2D
+            part.__class__ = ResnetBlock2D  # pyright: ignore[reportAttributeAccessIssue]
         elif isinstance(part, Attention) and isinstance(part.processor, WideAttentionProcessor):
             part.processor = AttnProcessor2_0()  # pyright: ignore[reportAttributeAccessIssue]
 
