@@ -114,6 +114,9 @@ class FieldConfig:
     """Half the side of the cube that the field fills; the object's longest side is 1."""
     initial_radius: float = 0.35
     """Radius of the soft ball that the density starts from."""
+    initial_colour: Literal["samples", "grey"] = "samples"
+    """Colour that all of it starts from: that of the object in a few of the teacher's samples for the prompt,
+    which parts that are seldom seen then keep, or grey."""
     density_sharpness: Schedule = ((0.0, 1.0), (0.5, 1.0), (1.0, 3.0))
     """Contrast of the density over the run: above 1 fog clears and edges take less space."""
 

@@ -65,6 +65,11 @@ class FieldStack:
         """As `RadianceField.set_density_sharpness`, for all scenes."""
         self._like.set_density_sharpness(sharpness)
 
+    @torch.no_grad()
+    def shift_colour(self, scene: int, logits: Tensor) -> None:
+        """As `RadianceField.shift_colour`, for one scene."""
+        self.colour_grids[0].tensor[scene].add_(logits.view(3, 1, 1, 1))
+
     def field(self, scene: int) -> RadianceField:
         """A copy of one scene's field."""
         field = copy.deepcopy(self._like)

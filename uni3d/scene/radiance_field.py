@@ -171,6 +171,14 @@ class RadianceField(nn.Module):
             raise UsageError(f"active levels is {num_levels}; the field has 1 to {len(self.resolutions)}")
         self.num_active_levels = min(num_levels, len(self.resolutions))
 
+    @torch.no_grad()
+    def shift_colour(self, logits: Tensor) -> None:
+        """Move the colour everywhere by sRGB logits, float [3]: a new field, being grey, takes it."""
+        if self.encoding == "dense":
+            self.colour_grids[0].add_(logits.view(3, 1, 1, 1))
+        else:
+            self.colour_head.bias.add_(logits)
+
     def set_density_sharpness(self, sharpness: float) -> None:
         """Stretch raw densities by this factor about the value that stands for SURFACE_DENSITY.
 

@@ -20,6 +20,7 @@ from uni3d.mesh.source_colour import COLOUR_MARGIN
 from uni3d.mesh.surface_renderer import SurfaceColour, SurfaceRenderer
 from uni3d.random_streams import Streams
 from uni3d.scene.camera import Cameras
+from uni3d.training.guidance import RealLatents
 
 # Grey behind the object, as in the pictures that are judged.
 BACKGROUND = 0.7
@@ -28,6 +29,7 @@ BACKGROUND_TOLERANCE = 0.08
 # Teacher passes in one batch.
 BATCH_SIZE = 4
 NUM_DENOISING_STEPS = 8
+NUM_LOOKED_AT = 8
 NUM_FIT_STEPS = 80
 # Sets the error against the smoothness of the colours.
 FIT_WEIGHT = 3.0
@@ -80,6 +82,40 @@ def typical_colour(images: Tensor, shown: Tensor) -> Tensor | None:
     [0, 1], as logits float32 [3]; None where nothing is shown."""
     pixels = images.movedim(1, -1)[shown[:, 0]]
     return torch.logit(pixels.median(dim=0).values, eps=COLOUR_MARGIN) if len(pixels) else None
+
+
+def sampled_colour(
+    contexts: PromptContexts,
+    samples: RealLatents | None,
+    *,
+    cameras: Callable[[int, torch.Generator], Cameras],
+    guidance_scale: float,
+    seed: int,
+    before_step: Callable[[], object] | None = None,
+) -> Tensor | None:
+    """`typical_colour` of the object in the teacher's samples for a prompt; none if they show no object.
+
+    Args:
+        samples: those that there are; a few are drawn where there are none.
+        cameras: draws so many cameras for them.
+        seed: of what is drawn, which takes nothing from other streams.
+        before_step: see `teacher_pictures`.
+    """
+    teacher = contexts.teacher
+    if samples is None:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = cameras(max(BATCH_SIZE, teacher.views_per_group), generator)
+        samples = RealLatents.draw(
+            contexts,
+            drawn.conditioning(),
+            drawn.view_words(),
+            guidance_scale=guidance_scale,
+            num_steps=NUM_DENOISING_STEPS,
+            generator=generator,
+            before_step=before_step,
+        )
+    pictures = teacher.decode_latents(samples.latents[:NUM_LOOKED_AT])
+    return typical_colour(pictures, object_pixels(pictures))
 
 
 def fit_colours(

@@ -99,6 +99,10 @@ class ParticleOptimiser(SceneOptimiser):
         self.distiller.follow(stage_recipe(self.config, self.progress))
         self.fields.set_density_sharpness(self._value(self.config.field.density_sharpness))
 
+    def _shift_colour(self, logits: Tensor) -> None:
+        for particle in range(self.config.particles):
+            self.fields.shift_colour(particle, logits)
+
     def step(self) -> StepReport:
         """One step of all particles, or of one; what is not finite moves nothing."""
         config = self.config

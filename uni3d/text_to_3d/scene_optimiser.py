@@ -49,6 +49,7 @@ from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.radiance_field import RadianceField
 from uni3d.scene.regularisers import opacity_entropy, opacity_sparsity, total_variation
 from uni3d.scene.renderer import RenderOutput
+from uni3d.text_to_3d.first_colours import sampled_colour
 from uni3d.training.descent import descend
 from uni3d.training.distiller import CriticSettings, Distiller
 from uni3d.training.fake_score_law import FakeScoreLaw
@@ -152,8 +153,9 @@ class SceneOptimiser:
         )
 
     def prepare(self, *, before_step: Callable[[], object] | None = None) -> None:
-        """Draw the teacher samples that a discriminator needs; once, before the first step. `before_step` is
-        called before every denoising step and may raise, to leave in between."""
+        """Draw the teacher samples that a discriminator needs, and give the field the colour of their object;
+        once, before the first step. `before_step` is called before every denoising step and may raise, to
+        leave in between."""
         settings = self.config.discriminator
         num_samples = settings.num_real_samples if self.distiller.recipe.needs_discriminator else 0
         cameras = self._sample_cameras(num_samples)
@@ -164,6 +166,20 @@ class SceneOptimiser:
             num_steps=settings.sampling_steps,
             before_step=before_step,
         )
+        if self.config.field.initial_colour == "samples":
+            colour = sampled_colour(
+                self.distiller.contexts,
+                self.distiller.real_latents,
+                cameras=functools.partial(training_cameras, self.config.cameras),
+                guidance_scale=self._value(self.config.guidance.guidance_scale),
+                seed=self.config.seed,
+                before_step=before_step,
+            )
+            if colour is not None:
+                self._shift_colour(colour)
+
+    def _shift_colour(self, logits: Tensor) -> None:
+        self.field.shift_colour(logits)
 
     def close(self) -> None:
         """Take the fake score's adapters off the shared teacher."""
