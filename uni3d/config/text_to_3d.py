@@ -245,7 +245,7 @@ class OptimiserConfig:
 
     density_learning_rate: Schedule = ((0.0, 0.08), (0.5, 0.08), (1.0, 0.012))
     """Adam learning rate of the density over the run."""
-    colour_learning_rate: Schedule = ((0.0, 0.02), (0.5, 0.02), (1.0, 0.004))
+    colour_learning_rate: Schedule = ((0.0, 0.008), (0.5, 0.008), (1.0, 0.002))
     """Adam learning rate of the colour over the run."""
     max_gradient_norm: float = 10.0
     """Larger gradients of the field are scaled down to this norm; 0 turns it off."""
