@@ -267,7 +267,7 @@ def test_a_field_becomes_a_mesh_that_is_judged_and_shown(tmp_path: Path, tiny_te
         device="cpu",
         method="sds",
         steps=2,
-        field=FieldConfig(resolutions=(8,)),
+        field=FieldConfig(resolutions=(8,), initial_colour="grey"),  # no passes but those of the steps
         renderer=RendererConfig(resolution=((0.0, 16.0),), samples_per_ray=16),
         mesh=MeshConfig(resolution=24, texture_size=64, max_triangles=300, turntable_frames=2),
     )
