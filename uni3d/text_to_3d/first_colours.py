@@ -1,4 +1,5 @@
-"""Where a new texture starts: the teacher's own pictures of the mesh, painted on before the first step.
+"""Where colours start: a field in the colour that the teacher's samples show
+(`sampled_colour`), a new texture in its own pictures of the mesh, painted on before the first step.
 
     views of the mesh -> noise -> the teacher denoises them towards the prompt -> colours fitted to them
 
