@@ -2,8 +2,8 @@
 
 Shapes are static during a run, so a pass can be recorded once and replayed, which takes the host out of it.
 `graphs`, which is what `auto` takes on a GPU, does that with `fast_blocks` in place of the slowest of
-diffusers' own, and needs nothing but torch. Compiling fuses everything and wants a C compiler at run time and
-minutes at the start; what was compiled is recorded too.
+diffusers' own, and needs nothing but torch and Triton, which comes with it. Compiling fuses everything and
+wants a C compiler at run time and minutes at the start; what was compiled is recorded too.
 Whatever goes wrong, the networks run in the next slower way and a warning says why: no result changes beyond
 rounding.
 """

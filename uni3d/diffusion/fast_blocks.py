@@ -4,7 +4,7 @@ A block is changed by giving it another class, so that its parameters, their nam
 it stay; `plain_blocks` gives back the one it had. Group norms run as Triton kernels for images with channels
 last (`norm_kernels`), in residual blocks together with the SiLU that follows; the autoencoder's attention
 over its middle block runs as plain products (`wide_attention`). What a kernel was not made for takes torch's
-way at once. Only for frozen networks: norms hand their weights no gradient.
+way at once, a norm whose weights are trained among it.
 """
 
 from __future__ import annotations

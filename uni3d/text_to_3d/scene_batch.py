@@ -25,12 +25,12 @@ from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.radiance_field import RadianceField
 from uni3d.scene.renderer import RenderOutput
 from uni3d.scene.stack_renderer import OccupancyStack, render_stack, through_images
-from uni3d.text_to_3d.first_colours import sampled_colour
 from uni3d.text_to_3d.scene_optimiser import (
     SceneOptimiser,
     check_groups,
     critic_settings,
     field_terms,
+    first_colour,
     most_demanding_recipe,
     noise_and_scale,
     num_warmup_steps,
@@ -118,17 +118,12 @@ class SceneBatch:
             num_steps=settings.sampling_steps,
             before_step=before_step,
         )
-        if self.config.field.initial_colour == "samples":
-            self._take_first_colours(before_step)
-
-    def _take_first_colours(self, before_step: Callable[[], object] | None) -> None:
         samples = self.distiller.real_latents
         for index, scene in enumerate(self.scenes):
-            colour = sampled_colour(
+            colour = first_colour(
+                self.config,
                 self.distiller.contexts.contexts[index],
                 None if samples is None else samples.scenes[index],
-                cameras=functools.partial(training_cameras, self.config.cameras),
-                guidance_scale=self._value(self.config.guidance.guidance_scale),
                 seed=scene.seed,
                 before_step=before_step,
             )

@@ -53,6 +53,7 @@ from uni3d.text_to_3d.first_colours import sampled_colour
 from uni3d.training.descent import descend
 from uni3d.training.distiller import CriticSettings, Distiller
 from uni3d.training.fake_score_law import FakeScoreLaw
+from uni3d.training.guidance import RealLatents
 from uni3d.training.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -166,17 +167,15 @@ class SceneOptimiser:
             num_steps=settings.sampling_steps,
             before_step=before_step,
         )
-        if self.config.field.initial_colour == "samples":
-            colour = sampled_colour(
-                self.distiller.contexts,
-                self.distiller.real_latents,
-                cameras=functools.partial(training_cameras, self.config.cameras),
-                guidance_scale=self._value(self.config.guidance.guidance_scale),
-                seed=self.config.seed,
-                before_step=before_step,
-            )
-            if colour is not None:
-                self._shift_colour(colour)
+        colour = first_colour(
+            self.config,
+            self.distiller.contexts,
+            self.distiller.real_latents,
+            seed=self.config.seed,
+            before_step=before_step,
+        )
+        if colour is not None:
+            self._shift_colour(colour)
 
     def _shift_colour(self, logits: Tensor) -> None:
         self.field.shift_colour(logits)
@@ -485,6 +484,27 @@ def training_cameras(settings: CamerasConfig, num: int, generator: torch.Generat
         overhead_probability=settings.overhead_probability,
         radius_range=settings.radius,
         fov_y_deg=settings.fov_y_deg,
+    )
+
+
+def first_colour(
+    config: TextTo3DConfig,
+    contexts: PromptContexts,
+    samples: RealLatents | None,
+    *,
+    seed: int,
+    before_step: Callable[[], object] | None,
+) -> Tensor | None:
+    """Logits [3] of the colour that a scene starts from, see `sampled_colour`; none leaves it grey."""
+    if config.field.initial_colour == "grey":
+        return None
+    return sampled_colour(
+        contexts,
+        samples,
+        cameras=functools.partial(training_cameras, config.cameras),
+        guidance_scale=value_at(config.guidance.guidance_scale, 0.0),
+        seed=seed,
+        before_step=before_step,
     )
 
 
