@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from uni3d.scene.encoding import HashGridEncoding, dense_corners, weighted_corners
+from uni3d.scene.encoding import EncodingBackend, HashGridEncoding, dense_corners, weighted_corners
 from uni3d.scene.radiance_field import RadianceField
 
 
@@ -48,16 +48,23 @@ def test_hash_look_up_and_gradient(num_features: int, num_points: int, kernel_de
     points = _points(num_points).to(kernel_device)
     cotangent = torch.randn(points.shape[0], encoding.num_features, generator=_generator())
     cotangent[::3] = 0  # what the kernel skips
-    found = []
-    for backend in ("torch", "triton"):
+    cotangent = cotangent.to(kernel_device)
+
+    def look_up(backend: EncodingBackend, points: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         encoding.backend = backend
         features = encoding(points)
-        (gradient,) = torch.autograd.grad(features, encoding.table, cotangent.to(kernel_device))
-        found.append((features.detach(), gradient))
-    (reference, reference_gradient), (features, gradient) = found
-    assert reference_gradient.abs().max() > 0.1
-    _assert_twins(features, reference)
-    _assert_twins(gradient, reference_gradient)
+        return features.detach(), torch.autograd.grad(features, encoding.table, cotangent)[0]
+
+    twin = look_up("torch", points, cotangent)
+    kernel = look_up("triton", points, cotangent)
+    encoding.double()
+    exact = look_up("torch", points.double(), cotangent.double())
+    assert exact[1].abs().max() > 0.1
+    for ours, theirs, true in zip(kernel, twin, exact, strict=True):
+        # A GPU fuses the product and the difference behind a fraction, which the twin rounds in between: by up
+        # to 2e-6 of a cell at 50 vertices. So the kernel has to be as near to the truth, not to the twin.
+        assert (ours - true).abs().max() <= (theirs - true).abs().max() + 1e-6
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("num_channels", [1, 3])

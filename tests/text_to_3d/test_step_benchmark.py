@@ -53,6 +53,29 @@ def test_a_row_that_fails_leaves_the_others(
     assert list(result["steps"]) == ["Uni-Instruct, score difference"]
 
 
+def test_a_long_run_compares_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that grows slower shows; how long the published number of steps takes is their mean."""
+    clock = iter(milliseconds / 1e3 for n in range(20) for milliseconds in (100 * n, 100 * n + 10 + n))
+    monkeypatch.setattr(step_benchmark.time, "perf_counter", lambda: next(clock))
+    steps: list[int] = []
+    settings = step_benchmark.BenchmarkSettings(device="cpu", num_warmup=3, long_run=20)
+    figures = step_benchmark.time_long_run(lambda: steps.append(0), settings)
+    assert len(steps) == 23
+    assert figures["first_tenth_ms"] == pytest.approx(10.5) and figures["last_tenth_ms"] == pytest.approx(
+        28.5
+    )
+    assert figures["prolificdreamer_minutes"] == pytest.approx(19.5e-3 / 60 * 25_000)
+
+
+def test_a_long_run_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "step.json"
+    arguments = ["--shapes", "tiny", "--device", "cpu", "--resolution", "16", "--samples", "8"]
+    arguments += ["--warmup", "0", "--repeats", "1", "--matrix-size", "32", "--only", "long run"]
+    assert main([*arguments, "--long-run", "3", "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["long_run"]["steps"] == 3
+    assert "3 steps of" in capsys.readouterr().out
+
+
 def test_stable_diffusions_work_is_the_published_one() -> None:
     """0.80 TFLOP a pass of the UNet at 64 x 64 latents and 1.12 of the encoder at 512 px."""
     unet, encoder = network_flops("sd21")

@@ -5,6 +5,8 @@
 Times the steps of SDS, VSD and both forms of Uni-Instruct as `uni3d generate` takes them, at random weights
 (time and memory do not depend on them), and the same VSD step structured as threestudio structures it. Says
 how much of the card's measured matrix rate each uses, what its parts take alone, and the peak memory.
+--long-run 500 then takes so many steps of VSD, compares their last tenth with their first in speed and in
+memory, and says what the 25,000 steps of ProlificDreamer's first stage would take.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ KINDS = {
 }
 THREESTUDIO = "VSD as threestudio structures it"
 THREESTUDIO_PASSES = 6.0  # teacher 2, LoRA 2, training 1 + 1
+LONG_RUN = "VSD, a long run"
+PROLIFICDREAMER_STEPS = 25_000  # of its first stage (arXiv 2305.16213)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class BenchmarkSettings:
     num_repeats: int = 30
     matrix_size: int = 8192
     only: tuple[str, ...] = ()
+    long_run: int = 0  # steps; 0 for none
 
 
 def build_teacher(settings: BenchmarkSettings) -> LatentDiffusionTeacher:
@@ -141,6 +146,33 @@ def time_step(step: Step, settings: BenchmarkSettings) -> dict[str, Any]:
         "host_waits": None if waits is None else len(waits),
         "waits_at": waits or [],
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if is_cuda else 0.0,
+    }
+
+
+def time_long_run(step: Step, settings: BenchmarkSettings) -> dict[str, Any]:
+    """Milliseconds a step and bytes of GPU memory in the first and in the last tenth of many steps."""
+    is_cuda = settings.device.startswith("cuda")
+    times, allocated = [], []
+    for _ in range(settings.num_warmup):
+        step()
+    if is_cuda:
+        torch.cuda.synchronize()
+    for _ in range(settings.long_run):
+        begun = time.perf_counter()
+        step()
+        if is_cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begun) * 1e3)
+        allocated.append(torch.cuda.memory_allocated() if is_cuda else 0)
+    tenth = max(1, settings.long_run // 10)
+    return {
+        "steps": settings.long_run,
+        "median_ms": statistics.median(times),
+        "first_tenth_ms": statistics.median(times[:tenth]),
+        "last_tenth_ms": statistics.median(times[-tenth:]),
+        "first_tenth_gib": max(allocated[:tenth]) / 2**30,
+        "last_tenth_gib": max(allocated[-tenth:]) / 2**30,
+        "prolificdreamer_minutes": statistics.mean(times) / 6e4 * PROLIFICDREAMER_STEPS,
     }
 
 
@@ -299,6 +331,22 @@ def _measure_kind(table: _Table, name: str) -> None:
     table.teacher = teacher
 
 
+def _measure_long_run(table: _Table, name: str) -> None:
+    teacher = table.teacher or build_teacher(table.settings)
+    optimiser = build_step(KINDS["VSD"], table.settings, teacher)
+    try:
+        figures = time_long_run(optimiser.step, table.settings)
+    finally:
+        optimiser.close()
+    table.result["long_run"] = figures
+    table.report(
+        f"{name}: {figures['steps']} steps of {figures['median_ms']:.2f} ms; last tenth against first "
+        f"{figures['last_tenth_ms']:.2f} to {figures['first_tenth_ms']:.2f} ms, held between steps "
+        f"{figures['last_tenth_gib']:.3f} to {figures['first_tenth_gib']:.3f} GiB; "
+        f"{PROLIFICDREAMER_STEPS} steps would take {figures['prolificdreamer_minutes']:.0f} minutes"
+    )
+
+
 def _measure_threestudio(table: _Table, name: str) -> None:
     settings = table.settings
     table.teacher = None
@@ -318,6 +366,8 @@ def run_benchmark(
     table = _Table(settings, report, keep)
     for name in KINDS:
         table.row(name, _measure_kind)
+    if settings.long_run:
+        table.row(LONG_RUN, _measure_long_run)
     table.row(THREESTUDIO, _measure_threestudio)
     steps = table.result["steps"]
     if THREESTUDIO in steps and "VSD" in steps:
@@ -341,6 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="rows whose name has one of these words"
     )
+    parser.add_argument("--long-run", type=int, default=0, metavar="STEPS", help="look for drift over them")
     parser.add_argument("--matrix-size", type=int, default=defaults.matrix_size)
     given = parser.parse_args(arguments)
     settings = BenchmarkSettings(
@@ -353,6 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_repeats=given.repeats,
         matrix_size=given.matrix_size,
         only=tuple(given.only),
+        long_run=given.long_run,
     )
     result = run_benchmark(settings, report=say, keep=lambda result: keep_figures(result, given.output))
     return 1 if result["failed"] else 0
