@@ -61,8 +61,8 @@ def test_hash_look_up_and_gradient(num_features: int, num_points: int, kernel_de
     exact = look_up("torch", points.double(), cotangent.double())
     assert exact[1].abs().max() > 0.1
     for ours, theirs, true in zip(kernel, twin, exact, strict=True):
-        # A GPU fuses the product and the difference behind a fraction, which the twin rounds in between: by up
-        # to 2e-6 of a cell at 50 vertices. So the kernel has to be as near to the truth, not to the twin.
+        # A GPU fuses the product and the difference behind a fraction; the twin rounds in between, by up to
+        # 2e-6 of a cell at 50 vertices. So the kernel has to be as near to the truth, not to the twin.
         assert (ours - true).abs().max() <= (theirs - true).abs().max() + 1e-6
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
