@@ -17,9 +17,24 @@ def argument_parser(module: str, about: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", type=_present_device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--output", type=Path, help="JSON file of all figures")
     return parser
+
+
+def _present_device(name: str) -> str:
+    """A device that torch has here; argparse turns the error into one sentence and exit code 2."""
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(
+            f"there is no device {name!r}; expected cpu, cuda or cuda:N"
+        ) from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{name!r} was asked for, but torch sees no CUDA device; use cpu")
+    return name
 
 
 def say(line: str) -> None:
