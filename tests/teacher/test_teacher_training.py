@@ -83,6 +83,14 @@ def test_samples_depend_on_seed_and_camera_but_not_on_batching(finished: Path) -
     assert (images - sample_views(teacher, prompts, None, num_steps=2, seed=3)).abs().max() > 1e-5
     ddim = sample_views(teacher, prompts, cameras, num_steps=2, seed=3, scheduler="ddim", guidance_scale=1.0)
     assert torch.isfinite(ddim).all()
+    # Guidance sharpens the view as well, since its unguided half, all that is left at 0, knows no camera.
+    blind = sample_views(teacher, prompts, cameras, num_steps=2, seed=3, guidance_scale=0.0)
+    unseen = sample_views(teacher, prompts, None, num_steps=2, seed=3, guidance_scale=0.0)
+    torch.testing.assert_close(blind, unseen, rtol=0, atol=0)
+    told = sample_views(
+        teacher, prompts, cameras, num_steps=2, seed=3, guidance_scale=0.0, camera_in_negative=True
+    )
+    assert (told - unseen).abs().max() > 1e-5
 
 
 def test_renders_go_through_the_autoencoder_at_its_size(finished: Path) -> None:

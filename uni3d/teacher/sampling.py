@@ -102,7 +102,7 @@ def sample_views(
     seed: int = 0,
     batch_size: int = 128,
     scheduler: Literal["dpm", "ddim"] = "dpm",
-    camera_in_negative: bool = True,
+    camera_in_negative: bool = False,
 ) -> Tensor:
     """Sample one image per prompt, float32 [B, 3, H, W] in [0, 1] on the CPU.
 
@@ -114,7 +114,8 @@ def sample_views(
         num_steps: denoising steps.
         seed: image i starts from noise of (seed, i), whatever the batch size.
         scheduler: "dpm" is DPM-Solver++ of second order, "ddim" is DDIM.
-        camera_in_negative: give the unguided half the camera too, so that guidance amplifies the text alone.
+        camera_in_negative: give the unguided half the camera too, so that guidance amplifies the text alone;
+            without it guidance sharpens the view as well, as it does in text to 3D (`PromptContexts`).
     """
     modules = teacher if isinstance(teacher, TeacherModules) else load_teacher(teacher)
     images = []
