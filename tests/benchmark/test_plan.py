@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from uni3d.benchmark.plan import all_prompts, candidate_settings, chosen_variants, hold_settings, made_prompts
+from uni3d.benchmark.plan import (
+    SHIPPED_VARIANTS,
+    all_prompts,
+    candidate_settings,
+    chosen_variants,
+    hold_settings,
+    made_prompts,
+)
 from uni3d.benchmark.settings import BenchmarkConfig, BudgetConfig, TuningConfig
 from uni3d.config.loader import load_config, load_variants
 from uni3d.config.text_to_3d import TextTo3DConfig
@@ -76,6 +83,45 @@ def test_tuning_scales_what_a_method_already_has() -> None:
     assert [value for _, value in rates] == pytest.approx([value / 2 for _, value in own])
 
 
+def test_the_mesh_stages_are_compared_with_the_field_alone() -> None:
+    config = load_config(resource_path("configs/benchmark_stages.yaml"), BenchmarkConfig())
+    variants = chosen_variants(config)
+    published = load_config(resource_path("configs/uni_instruct.yaml"), TextTo3DConfig())
+    assert variants["stages"] == published, "the settings that the README names"
+    assert config.budget.reference == "stages" and variants["field"].stages.texture.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "own", "message"),
+    [
+        (
+            BudgetConfig(kinds=("seconds",), seconds=9),
+            "",
+            "'stages' has mesh stages, and a budget of seconds",
+        ),
+        (BudgetConfig(kinds=("seconds", "passes"), reference="stages"), "", "and a budget of passes sets"),
+        (BudgetConfig(kinds=("seconds",), reference="stage"), "", "did you mean 'stages'"),
+        (
+            BudgetConfig(kinds=("seconds",), reference="stages"),
+            "method: sds",
+            "differs from budget.reference",
+        ),
+    ],
+)
+def test_a_budget_that_says_nothing_about_mesh_stages(
+    tmp_path: Path, budget: BudgetConfig, own: str, message: str
+) -> None:
+    file = tmp_path / "variants.yaml"
+    file.write_text(f"stages: {{stages: {{texture: {{steps: 3}}}}}}\nfield: {{{own}}}\n")
+    with pytest.raises(ConfigError, match=message):
+        chosen_variants(BenchmarkConfig(variants=str(file), baseline="field", budget=budget))
+
+
+def test_a_reference_sets_the_seconds_alone() -> None:
+    with pytest.raises(ConfigError, match="budget.kinds has none"):
+        BudgetConfig(kinds=("passes",), reference="stages")
+
+
 def test_a_folder_keeps_its_settings(tmp_path: Path) -> None:
     config = BenchmarkConfig(output=tmp_path)
     hold_settings(tmp_path, config)
@@ -121,7 +167,7 @@ def test_a_method_whose_settings_make_no_recipe_is_named(tmp_path: Path) -> None
 
 def test_shipped_variant_files_are_those_that_are_named() -> None:
     names = {file.stem for file in resource_path("configs/variants").glob("*.yaml")}
-    assert names == {"methods", "ablations"}
+    assert names == set(SHIPPED_VARIANTS)
 
 
 def test_variants_share_the_networks_and_the_bounds_of_the_run(tmp_path: Path) -> None:

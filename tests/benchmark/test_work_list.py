@@ -47,6 +47,22 @@ def test_a_batch_is_of_one_method_and_budget(tmp_path: Path) -> None:
         assert len(jobs) == 3 and len({(job.method, job.budget) for job in jobs}) == 1
 
 
+def test_a_run_waits_for_the_one_that_says_how_long_it_may_be(tmp_path: Path) -> None:
+    methods, prompts = ["field", "stages"], ["a red car", "a blue car"]
+    work, other = (
+        WorkList(tmp_path, methods, prompts, [0], ["seconds"], reference="stages") for _ in range(2)
+    )
+    with work.claimed(1) as mine, other.claimed(1) as theirs:
+        jobs = [*mine, *theirs]
+        assert [job.method for job in jobs] == ["stages", "stages"]
+        with other.claimed(1) as nothing:
+            assert not nothing
+        work.finish(theirs[0], RECORDED)
+        with other.claimed(5) as ready:
+            assert [(job.method, job.prompt) for job in ready] == [("field", "a blue car")]
+            assert work.reference_of(ready[0]) == theirs[0] and work.reference_of(theirs[0]) is None
+
+
 def test_an_unfinished_job_is_free_again(tmp_path: Path) -> None:
     work = work_list(tmp_path)
     with work.claimed(1) as jobs:

@@ -21,6 +21,7 @@ from torch import Tensor
 from uni3d.benchmark.budgets import Optimiser, PassCounter
 from uni3d.benchmark.machine import PeakMemory
 from uni3d.benchmark.pictures import PictureOptimiser
+from uni3d.benchmark.stage_costs import StageCosts
 from uni3d.config.text_to_3d import TextTo3DConfig
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.errors import UsageError
@@ -98,14 +99,18 @@ class FieldBackend:
         return _each(self._make, runs)
 
     def _make(self, config: TextTo3DConfig, folder: Path) -> Product:
-        with PeakMemory(self.teacher.device) as memory, PassCounter(self.teacher) as counter:
+        with StageCosts(config, self.teacher.device) as memory, PassCounter(self.teacher) as counter:
             result = self._pipeline(
-                config.prompt, negative_prompt=config.negative_prompt, seed=config.seed, config=config
+                config.prompt,
+                negative_prompt=config.negative_prompt,
+                seed=config.seed,
+                config=config,
+                callback_on_step_end=memory,
             )
-        path = result.save(folder / "mesh.glb")
+            path = result.save(folder / "mesh.glb")
         if self._turntables:
             write_turntable(path, folder / "turntable.mp4", frames=config.mesh.turntable_frames or 60)
-        costs = _costs(config, counter, memory, result.seconds)
+        costs = _costs(config, counter, memory, result.seconds) | {"stages": memory.stages}
         mesh = {name: value for name, value in mesh_report(path).items() if name not in ("path", "extras")}
         return Product(path, costs, {"mesh": mesh, **result.report})
 
@@ -160,7 +165,10 @@ class PictureBackend:
 
 
 def _costs(
-    config: TextTo3DConfig, counter: PassCounter, memory: PeakMemory, seconds: Mapping[str, float]
+    config: TextTo3DConfig,
+    counter: PassCounter,
+    memory: PeakMemory | StageCosts,
+    seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     return {
         "steps": config.steps,

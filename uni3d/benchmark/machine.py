@@ -58,10 +58,7 @@ class PeakMemory:
         self.peak_bytes = 0
 
     def __enter__(self) -> PeakMemory:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        else:
-            _reset_peak()
+        reset_peak(self._device)
         return self
 
     def __exit__(
@@ -70,20 +67,24 @@ class PeakMemory:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(self._device)
-        else:
-            self.peak_bytes = _peak_resident_bytes()
+        self.peak_bytes = peak_since_reset(self._device)
 
 
-def _reset_peak() -> None:
+def reset_peak(device: torch.device) -> None:
+    """Measure the peak of `device` afresh from here on, as `PeakMemory` does."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
     try:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
     except OSError:
         return
 
 
-def _peak_resident_bytes() -> int:
+def peak_since_reset(device: torch.device) -> int:
+    """Bytes in use at most since `reset_peak`, as `PeakMemory` counts them."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         status = Path("/proc/self/status").read_text()
         return next(int(line.split()[1]) * _KIB for line in status.splitlines() if line.startswith("VmHWM:"))

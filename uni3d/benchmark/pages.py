@@ -22,6 +22,7 @@ _QUALITY = (
     ("alignment", "alignment", 1, 3),
     ("worst view", "worst_view", 1, 3),
     ("right object, %", "right_object", 100, 0),
+    ("its probability in the worst view, %", "worst_view_object", 100, 0),
     ("right colour, %", "right_colour", 100, 0),
     ("Janus, %", "janus", 100, 0),
     ("T3Bench quality", "t3bench_best", 1, 1),
@@ -37,11 +38,17 @@ _COSTS = (
     ("closed, %", "closed", 100, 0),
     ("one piece, %", "one_piece", 100, 0),
     ("as the field, %", "as_field", 100, 0),
+    ("PSNR to what was optimised, dB", "psnr_db", 1, 1),
     ("triangles", "triangles", 1, 0),
     ("steps", "steps", 1, 0),
     ("passes", "passes", 1, 0),
     ("seconds", "seconds", 1, 0),
     ("peak GiB", "peak_gib", 1, 1),
+)
+_STAGES = tuple(
+    column
+    for stage in ("field", "geometry", "texture", "export")
+    for column in ((f"{stage}, s", f"{stage}_seconds", 1, 1), (f"{stage}, GiB", f"{stage}_gib", 1, 2))
 )
 _SHEET_SIZE = 96
 
@@ -60,7 +67,8 @@ def write_pages(summary: Mapping[str, Any], folder: Path, work: WorkList, prompt
 
 
 def summary_markdown(summary: Mapping[str, Any]) -> str:
-    """Two tables for each budget: quality beside diversity, and costs beside the state of the meshes."""
+    """The tables of each budget: quality beside diversity, costs beside the state of the meshes, and costs by
+    stage."""
     lines = [
         f"{len(summary['prompts'])} prompts x {len(summary['seeds'])} seeds, {summary['views']} views each; "
         f"retrieval among {summary['num_candidates']} prompts; features: {summary['feature_space']}. "
@@ -91,6 +99,9 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
             "",
             *_table([(row["method"], row["figures"]) for row in chosen], _COSTS, with_interval=False),
         ]
+        if any("export_seconds" in row["figures"] for row in chosen):
+            stages = [(row["method"], row["figures"]) for row in chosen]
+            lines += ["", *_table(stages, _STAGES, with_interval=False)]
     if summary["failures"]:
         lines += ["", f"{len(summary['failures'])} runs failed; summary.json says which and why."]
     return "\n".join(lines) + "\n"

@@ -21,7 +21,7 @@ from uni3d.text_to_3d.memory import fitted
 from uni3d.text_to_3d.scene_optimiser import stage_recipe
 from uni3d.training.checkpoint import atomic_write_text
 
-SHIPPED_VARIANTS = ("methods", "ablations")
+SHIPPED_VARIANTS = ("methods", "ablations", "stages")
 # What networks are made of: one teacher serves all variants.
 _OF_THE_TEACHER = ("teacher", "teacher_lora", "teacher_lora_scale", "networks", "vram")
 # May differ between the processes and sittings that fill one folder: they only add runs or read them.
@@ -66,6 +66,7 @@ def chosen_variants(config: BenchmarkConfig) -> dict[str, TextTo3DConfig]:
             stage_recipe(settings, 1.0)
         except ConfigError as error:
             raise ConfigError(f"variant '{name}': {error}") from error
+    _check_mesh_stages(config, chosen)
     return {name: fitted(settings) for name, settings in chosen.items()}
 
 
@@ -81,6 +82,29 @@ def _check_networks(name: str, settings: TextTo3DConfig, shared: TextTo3DConfig)
             f"variant '{name}' has a fake_score.base, but passes are counted on the teacher's network alone; "
             f"leave it out"
         )
+
+
+def _check_mesh_stages(config: BenchmarkConfig, chosen: Mapping[str, TextTo3DConfig]) -> None:
+    """Raise ConfigError where a budget says nothing about the stages that a variant has."""
+    budget = config.budget
+    if budget.reference is not None:
+        check_name("variant", budget.reference, list(chosen))
+    for name, settings in chosen.items():
+        measured = set(budget.kinds) - {"steps"} - ({"seconds"} if name == budget.reference else set())
+        if measured and (settings.stages.geometry.steps or settings.stages.texture.steps):
+            raise ConfigError(
+                f"variant '{name}' has mesh stages, and a budget of {', '.join(sorted(measured))} sets the "
+                f"steps of a field alone; use steps, or seconds with the variant as budget.reference"
+            )
+    if budget.reference is None:
+        return
+    reference = chosen[budget.reference]
+    for name, settings in chosen.items():
+        if dataclasses.replace(settings, steps=reference.steps, stages=reference.stages) != reference:
+            raise ConfigError(
+                f"variant '{name}' differs from budget.reference '{budget.reference}' in more than steps and "
+                f"stages, so what a step of it costs is not known; leave budget.reference out"
+            )
 
 
 def all_prompts(config: BenchmarkConfig) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ from uni3d.benchmark.plan import (
 )
 from uni3d.benchmark.scores import Judges, judge_product
 from uni3d.benchmark.settings import BenchmarkConfig
+from uni3d.benchmark.stage_costs import steps_as_long_as
 from uni3d.benchmark.summary import summarise
 from uni3d.benchmark.teacher_samples import TeacherSamples
 from uni3d.benchmark.work_list import Job, WorkList
 from uni3d.config.loader import config_to_dict
+from uni3d.config.stages import StagesConfig
 from uni3d.config.text_to_3d import TextTo3DConfig
 from uni3d.errors import UsageError
 from uni3d.evaluation.evaluator import Evaluator
@@ -48,6 +51,7 @@ from uni3d.training.stop import StopFlag
 logger = logging.getLogger(__name__)
 
 RECORD_FORMAT = "uni3d-benchmark-run-1"
+_WARM_UP_STEPS = 20
 
 
 def benchmark(config: BenchmarkConfig) -> dict[str, Any] | None:
@@ -99,7 +103,14 @@ class _Session:
     def __init__(self, config: BenchmarkConfig, folder: Path, variants: Mapping[str, TextTo3DConfig]) -> None:
         self.config, self.folder, self.variants = config, folder, dict(variants)
         self.prompts = made_prompts(config)
-        self.work = WorkList(folder, list(variants), self.prompts, config.seeds, config.budget.kinds)
+        self.work = WorkList(
+            folder,
+            list(variants),
+            self.prompts,
+            config.seeds,
+            config.budget.kinds,
+            reference=config.budget.reference,
+        )
         self.device = _own_device(config.run.device)
         teacher = load_teacher(config.run, self.device)
         self.judges = _judges(config, self.device)
@@ -135,6 +146,8 @@ class _Session:
 
     def _make_all(self, stop: StopFlag) -> None:
         num_made = 0
+        if not self.work.is_complete():
+            self._warm_up()
         while True:
             with self.work.claimed(self.backend.max_jobs) as jobs:
                 if not jobs:
@@ -159,11 +172,35 @@ class _Session:
         settings = dataclasses.replace(self.variants[job.method], prompt=job.prompt, seed=job.seed)
         if job.budget == "steps":
             return settings
+        if job.budget == "seconds" and self.config.budget.reference is not None:
+            return self._as_long_as_its_reference(job, settings)
         # Every process must find the same cost, so the pilot's prompt is no job's own.
         pilot = dataclasses.replace(settings, prompt=self.prompts[0], seed=0)
         cost = shared_step_cost(self.folder, job.method, self.backend, pilot)
         limit = self.config.budget.passes if job.budget == "passes" else self.config.budget.seconds
         return dataclasses.replace(settings, steps=cost.steps_within(job.budget, limit))
+
+    def _as_long_as_its_reference(self, job: Job, settings: TextTo3DConfig) -> TextTo3DConfig:
+        reference = self.work.reference_of(job)
+        record = None if reference is None else self.work.record(reference)
+        if record is None or not record["costs"]:  # it is the reference, or that failed
+            return settings
+        return dataclasses.replace(settings, steps=steps_as_long_as(record["costs"]["stages"]))
+
+    def _warm_up(self) -> None:
+        """A run that is thrown away: what a GPU does once in a process would count as its first run's."""
+        reference = self.config.budget.reference
+        if reference is None or torch.device(self.device).type != "cuda":
+            return
+        settings = self.variants[reference]
+        geometry, texture = settings.stages.geometry, settings.stages.texture
+        short = StagesConfig(
+            geometry=dataclasses.replace(geometry, steps=min(geometry.steps, _WARM_UP_STEPS)),
+            texture=dataclasses.replace(texture, steps=min(texture.steps, _WARM_UP_STEPS)),
+        )
+        settings = dataclasses.replace(settings, prompt=self.prompts[0], steps=_WARM_UP_STEPS, stages=short)
+        with tempfile.TemporaryDirectory(prefix="uni3d-warm-up-") as folder:
+            self.backend.make([(settings, Path(folder))])  # so short a field may have no surface
 
     def _record(self, job: Job, settings: TextTo3DConfig, outcome: Product | Exception) -> dict[str, Any]:
         folder = self.work.path(job)

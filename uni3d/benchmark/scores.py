@@ -185,6 +185,8 @@ def run_figures(record: Mapping[str, Any], *, shows_meshes: bool) -> dict[str, f
         figures["closed"] = float(mesh is not None and mesh["closed"] and mesh["outward"])
         figures["one_piece"] = float(mesh is not None and mesh["components"] == 1)
         figures["as_field"] = float(match is not None and match["verdict"] == "match")
+        if match is not None:
+            figures["psnr_db"] = match["psnr_db"]
         if mesh is not None:
             figures["triangles"] = float(mesh["triangles"])
     if record["costs"]:
@@ -195,11 +197,17 @@ def run_figures(record: Mapping[str, Any], *, shows_meshes: bool) -> dict[str, f
             "seconds": float(costs["guidance_seconds"]),
             "peak_gib": costs["peak_memory_bytes"] / 2**30,
         }
+        for name, stage in costs.get("stages", {}).items():
+            figures |= {
+                f"{name}_seconds": stage["seconds"],
+                f"{name}_gib": stage["peak_memory_bytes"] / 2**30,
+            }
     return figures
 
 
 _VERDICTS = {
     "right_object": "noun_right",
+    "worst_view_object": "noun_worst_view_probability",
     "right_colour": "colour_right",
     "right_view": "view_right",
     "janus": "is_janus",

@@ -24,10 +24,17 @@ class BudgetConfig:
     """Network passes of one sample: forward 1, encoder half 1/2, backward as much again."""
     seconds: float = 120.0
     """Seconds of teacher samples and optimisation; extraction and export come on top."""
+    reference: str | None = None
+    """The variant whose run of the same prompt and seed, all its stages together, sets the seconds instead.
+    The others are its field stage alone; where it failed they take the steps of their settings."""
 
     def __post_init__(self) -> None:
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise ConfigError("budget.kinds must name one or more of steps, passes, seconds, each once")
+        if self.reference is not None and "seconds" not in self.kinds:
+            raise ConfigError(
+                "budget.reference sets the seconds, and budget.kinds has none; add seconds to it"
+            )
         check_ranges("budget.", self, {"passes": (1, 1e12), "seconds": (0.1, 1e9)})
 
 
@@ -92,7 +99,7 @@ class BenchmarkConfig:
     scene: Scene = "field"
     """field makes meshes; images is the 2-D mode: one picture per view, no renderer."""
     variants: str = "methods"
-    """Named settings to compare: methods or ablations (of configs/variants/), or a YAML file of yours."""
+    """Named settings to compare: methods, ablations or stages (of configs/variants/), or a YAML file."""
     methods: tuple[str, ...] = ()
     """Which of the variants; empty takes all."""
     baseline: str = "vsd-prolific"
@@ -134,6 +141,10 @@ class BenchmarkConfig:
         check_ranges("", self, {"seeds": (0, 2**31 - 1), "num_bootstrap": (1, 1e6)})
         if len(set(self.seeds)) < len(self.seeds) or len(set(self.methods)) < len(self.methods):
             raise ConfigError("seeds and methods must name each of theirs once")
+        if self.tune and self.budget.reference is not None:
+            raise ConfigError(
+                "tuning tries variants under other names, so budget.reference names none; leave it out"
+            )
         if self.limit_prompts is not None:
             check_range("limit_prompts", self.limit_prompts, 1, 1e6)
         if self.run.prompt or self.run.output is not None or self.run.resume is not None:

@@ -35,7 +35,8 @@ FORMAT = "uni3d-benchmark-summary-1"
 # What is better, for readers and for the plots; figures that are neither are costs or plain facts.
 HIGHER_IS_BETTER = (
     "alignment", "worst_view", "r_precision", "views_first", "right_object", "right_colour", "right_view",
-    "precision", "recall", "vendi", "pair_distance", "closed", "one_piece", "as_field",
+    "precision", "recall", "vendi", "pair_distance", "closed", "one_piece", "as_field", "worst_view_object",
+    "psnr_db",
     "t3bench_best", "t3bench_mean", "t3bench_worst",
 )  # fmt: skip
 LOWER_IS_BETTER = (

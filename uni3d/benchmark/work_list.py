@@ -9,10 +9,11 @@ come and go; on several machines the folder must be on a file system that locks 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Job:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return dataclasses.asdict(self)
 
 
 class WorkList:
@@ -56,8 +57,12 @@ class WorkList:
         prompts: Sequence[str],
         seeds: Sequence[int],
         budgets: Sequence[str],
+        *,
+        reference: str | None = None,
     ) -> None:
+        """`reference`: the method that the others wait for, prompt by prompt, under the budget of seconds."""
         self.folder = folder
+        self.reference = reference
         self.jobs = [
             Job(method, prompt, seed, budget)
             for prompt in prompts
@@ -77,6 +82,16 @@ class WorkList:
         """What was written when the job was done, None if it is not done."""
         file = self.path(job) / RECORD
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def reference_of(self, job: Job) -> Job | None:
+        """The job whose costs say how long `job` gets; None where that hangs on no other."""
+        if job.budget != "seconds" or self.reference is None or job.method == self.reference:
+            return None
+        return dataclasses.replace(job, method=self.reference)
+
+    def _waits(self, job: Job) -> bool:
+        reference = self.reference_of(job)
+        return reference is not None and not (self.path(reference) / RECORD).is_file()
 
     def finish(self, job: Job, record: dict[str, Any]) -> None:
         """Write down that the job is done; of a job that failed, too."""
@@ -101,9 +116,8 @@ class WorkList:
 
     @contextlib.contextmanager
     def claimed(self, most: int) -> Iterator[list[Job]]:
-        """Up to `most` jobs of one method and budget that no one has done or is doing; empty if none is left.
-
-        They are this process's until the block ends.
+        """Up to `most` jobs of one method and budget that no one has done or is doing and that wait for no
+        other; empty if none is left. They are this process's until the block ends.
         """
         with contextlib.ExitStack() as locks:
             taken: list[Job] = []
@@ -112,7 +126,9 @@ class WorkList:
                     break
                 if taken and (job.method, job.budget) != (taken[0].method, taken[0].budget):
                     continue
-                if (self.path(job) / RECORD).is_file() or not locks.enter_context(claim(self.path(job))):
+                if self._waits(job) or (self.path(job) / RECORD).is_file():
+                    continue
+                if not locks.enter_context(claim(self.path(job))):
                     continue
                 # Another process may have finished it between the look and the lock.
                 if not (self.path(job) / RECORD).is_file():
