@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from uni3d.text_to_3d import step_benchmark
-from uni3d.text_to_3d.step_benchmark import KINDS, THREESTUDIO, main, network_flops
+from uni3d.text_to_3d.step_benchmark import KINDS, MESH_STAGES, THREESTUDIO, main, network_flops
 from uni3d.text_to_3d.threestudio_step import ThreestudioStep
 
 
@@ -18,14 +18,18 @@ def test_the_table_has_a_row_for_every_step(tmp_path: Path, capsys: pytest.Captu
     output = tmp_path / "step.json"
     arguments = ["--shapes", "tiny", "--device", "cpu", "--resolution", "16", "--samples", "8"]
     assert (
-        main([*arguments, "--warmup", "0", "--repeats", "1", "--matrix-size", "32", "--output", str(output)])
+        main(
+            [*arguments, "--warmup", "0", "--repeats", "1", "--matrix-size", "32", "--triangles", "2000"]
+            + ["--output", str(output)]
+        )
         == 0
     )
     result = json.loads(output.read_text())
-    assert list(result["steps"]) == [*KINDS, THREESTUDIO]
+    assert list(result["steps"]) == [*KINDS, *MESH_STAGES, THREESTUDIO]
     for name, figures in result["steps"].items():
         assert figures["median_ms"] > 0 and figures["tflops_per_s"] > 0
-        assert name == THREESTUDIO or {"render", "encoder"} <= figures["parts_ms"].keys()
+        assert name not in KINDS or {"render", "encoder"} <= figures["parts_ms"].keys()
+    assert all(1000 < result["steps"][name]["triangles"] < 4000 for name in MESH_STAGES)
     assert result["speedup_of_vsd"] > 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in result["steps"])

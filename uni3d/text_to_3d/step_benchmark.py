@@ -3,8 +3,9 @@
     python -m uni3d.text_to_3d.step_benchmark --device cuda --output step.json
 
 Times the steps of SDS, VSD and both forms of Uni-Instruct as `uni3d generate` takes them, at random weights
-(time and memory do not depend on them), and the same VSD step structured as threestudio structures it. Says
-how much of the card's measured matrix rate each uses, what its parts take alone, and the peak memory.
+(time and memory do not depend on them), a VSD step of the geometry and of the texture stage on a mesh of
+about 100,000 triangles, and the field's VSD step structured as threestudio structures it. Says how much of
+the card's measured matrix rate each uses, what its parts take alone, and the peak memory.
 --long-run 500 then takes so many steps of VSD, compares their last tenth with their first in speed and in
 memory, and says what the 25,000 steps of ProlificDreamer's first stage would take.
 """
@@ -35,6 +36,7 @@ from uni3d.diffusion.acceleration import accelerate
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.distillation.benchmark_step import matrix_rate
 from uni3d.text_to_3d.memory import free_memory
+from uni3d.text_to_3d.mesh_step import MeshStage, build_mesh_step
 from uni3d.text_to_3d.random_teacher import random_teacher
 from uni3d.text_to_3d.scene_optimiser import SceneOptimiser
 from uni3d.text_to_3d.threestudio_step import ThreestudioStep
@@ -63,6 +65,7 @@ KINDS = {
     "Uni-Instruct, score difference": StepKind("uni-instruct", "forward_kl", GuidanceConfig(), 4.5),
     "Uni-Instruct, exact": StepKind("uni-instruct", "forward_kl", GuidanceConfig(variant="exact"), 7.5),
 }
+MESH_STAGES: dict[str, MeshStage] = {"geometry stage, VSD": "geometry", "texture stage, VSD": "texture"}
 THREESTUDIO = "VSD as threestudio structures it"
 THREESTUDIO_PASSES = 6.0  # teacher 2, LoRA 2, training 1 + 1
 LONG_RUN = "VSD, a long run"
@@ -83,6 +86,7 @@ class BenchmarkSettings:
     matrix_size: int = 8192
     only: tuple[str, ...] = ()
     long_run: int = 0  # steps; 0 for none
+    num_triangles: int = 100_000  # of the mesh stages
 
 
 def build_teacher(settings: BenchmarkSettings) -> LatentDiffusionTeacher:
@@ -98,7 +102,14 @@ def build_step(
     kind: StepKind, settings: BenchmarkSettings, teacher: LatentDiffusionTeacher
 ) -> SceneOptimiser:
     """The optimiser of `uni3d generate` for this row, ready to step."""
-    config = TextTo3DConfig(
+    optimiser = SceneOptimiser(step_config(kind, settings), teacher)
+    optimiser.prepare()
+    return optimiser
+
+
+def step_config(kind: StepKind, settings: BenchmarkSettings) -> TextTo3DConfig:
+    """The settings of `uni3d generate` for this row."""
+    return TextTo3DConfig(
         prompt="a random prompt",
         method=kind.method,
         divergence=kind.divergence,
@@ -113,9 +124,6 @@ def build_step(
         fake_score=FakeScoreConfig(lora_rank=4, warmup_steps=0),
         discriminator=DiscriminatorConfig(num_real_samples=4, sampling_steps=2),
     )
-    optimiser = SceneOptimiser(config, teacher)
-    optimiser.prepare()
-    return optimiser
 
 
 def time_step(step: Step, settings: BenchmarkSettings) -> dict[str, Any]:
@@ -331,6 +339,24 @@ def _measure_kind(table: _Table, name: str) -> None:
     table.teacher = teacher
 
 
+def _measure_mesh_stage(table: _Table, name: str) -> None:
+    kind = KINDS["VSD"]
+    teacher = table.teacher or build_teacher(table.settings)
+    table.teacher = None
+    optimiser, num_triangles = build_mesh_step(
+        MESH_STAGES[name],
+        step_config(kind, table.settings),
+        teacher,
+        num_triangles=table.settings.num_triangles,
+    )
+    try:
+        figures = table.add(name, optimiser.step, kind.unet_passes, kind.encoder_passes)
+        figures["triangles"] = num_triangles
+    finally:
+        optimiser.close()
+    table.teacher = teacher
+
+
 def _measure_long_run(table: _Table, name: str) -> None:
     teacher = table.teacher or build_teacher(table.settings)
     optimiser = build_step(KINDS["VSD"], table.settings, teacher)
@@ -366,6 +392,8 @@ def run_benchmark(
     table = _Table(settings, report, keep)
     for name in KINDS:
         table.row(name, _measure_kind)
+    for name in MESH_STAGES:
+        table.row(name, _measure_mesh_stage)
     if settings.long_run:
         table.row(LONG_RUN, _measure_long_run)
     table.row(THREESTUDIO, _measure_threestudio)
@@ -392,6 +420,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only", nargs="+", default=[], metavar="WORD", help="rows whose name has one of these words"
     )
     parser.add_argument("--long-run", type=int, default=0, metavar="STEPS", help="look for drift over them")
+    parser.add_argument(
+        "--triangles", type=int, default=defaults.num_triangles, help="of the mesh stages, about"
+    )
     parser.add_argument("--matrix-size", type=int, default=defaults.matrix_size)
     given = parser.parse_args(arguments)
     settings = BenchmarkSettings(
@@ -404,6 +435,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_repeats=given.repeats,
         matrix_size=given.matrix_size,
         only=tuple(given.only),
+        num_triangles=given.triangles,
         long_run=given.long_run,
     )
     result = run_benchmark(settings, report=say, keep=lambda result: keep_figures(result, given.output))
