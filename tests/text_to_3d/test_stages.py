@@ -22,7 +22,9 @@ from uni3d.config.text_to_3d import (
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.mesh.extraction import EmptySurfaceError
 from uni3d.mesh.report import mesh_report
-from uni3d.text_to_3d.pipeline import generate
+from uni3d.scene.radiance_field import RadianceField
+from uni3d.text_to_3d.mesh_optimiser import FieldColour
+from uni3d.text_to_3d.pipeline import build_mesh, generate
 from uni3d.text_to_3d.stages import StagedOptimiser, make_optimiser
 from uni3d.training.checkpoint import CheckpointStore
 
@@ -100,6 +102,27 @@ def test_a_run_resumed_in_every_stage_ends_in_the_same_state(
 
     # within the field, at the border to the geometry, within it and within the texture
     _assert_same(run(), run(1, 2, 4, 6))
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_colours_lie_where_their_field_does(device: str) -> None:
+    field = RadianceField(resolutions=(8,)).to(device)
+    points = torch.zeros(4, 3, device=device)
+    colour = FieldColour(field)(points, torch.zeros(4, device=device), points)
+    assert colour.device.type == device and colour.shape == (4, 3)
+
+
+@pytest.mark.gpu
+def test_all_stages_run_on_a_gpu(tiny_teacher_folder: Path) -> None:
+    config = _with_other_texture_method(_config())
+    optimiser = StagedOptimiser(
+        config, LatentDiffusionTeacher.from_pretrained(tiny_teacher_folder, device="cuda")
+    )
+    optimiser.prepare()
+    while optimiser.step_index < optimiser.num_steps:
+        assert optimiser.step().finite
+    mesh, _, _ = build_mesh(optimiser)
+    assert len(mesh.faces) > 0
 
 
 def test_stages_hand_over_in_memory(teacher: LatentDiffusionTeacher) -> None:

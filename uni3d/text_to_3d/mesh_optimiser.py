@@ -98,7 +98,7 @@ class FieldColour(nn.Module):
         super().__init__()
         self.field = field
         self.base = base
-        self.register_buffer("tint", torch.zeros(3))
+        self.register_buffer("tint", torch.zeros(3, device=next(field.parameters()).device))
 
     def forward(self, points: Tensor, face: Tensor, barycentric: Tensor) -> Tensor:
         start = self.tint

@@ -10,8 +10,6 @@ import dataclasses
 import math
 from typing import Literal
 
-import numpy as np
-
 from uni3d.config.stages import GeometryConfig, StageGuidanceConfig, StagesConfig, TextureConfig
 from uni3d.config.text_to_3d import TextTo3DConfig
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
@@ -59,13 +57,13 @@ def build_mesh_step(
     ).to(teacher.device)
     vertices, faces = bumpy_sphere(num_triangles)
     ball = Surface((BALL_SCALE * vertices).numpy(), faces.numpy(), 0.0)
-    deformable = DeformableSurface.from_mesh(ball, resolution)
+    deformable = DeformableSurface.from_mesh(ball, resolution).to(teacher.device)
     colour = FieldColour(field)
     cut, topology = deformable()
     if stage == "geometry":
         optimiser = geometry_optimiser(config, deformable, colour, teacher)
     else:
-        surface = Surface(np.ascontiguousarray(cut.detach().numpy()), topology.faces.numpy(), 0.0)
+        surface = Surface(cut.detach().cpu().numpy(), topology.faces.cpu().numpy(), 0.0)
         optimiser = texture_optimiser(config, surface, colour, teacher)
     optimiser.prepare()
     return optimiser, len(topology.faces)
