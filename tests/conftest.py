@@ -42,9 +42,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def kernel_device(request: pytest.FixtureRequest) -> torch.device:
+def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where Triton kernels meet their twins: the GPU, marked `gpu`, or the CPU, on which they are interpreted
-    where there is no GPU."""
+    where there is no GPU. Convolutions are computed in float32, not in the GPU's shorter TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     pytest.importorskip("triton", reason="comes with torch's CUDA builds, and with the extra 'test' on Linux")
     if request.param == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("the kernels are compiled for the GPU of this machine")

@@ -32,11 +32,13 @@ class ParameterStack:
     def num_scenes(self) -> int:
         return self.tensor.shape[0]
 
-    def parts(self) -> list[Tensor]:
-        """The parameters of all scenes, each [S, *shape], with gradient to the stack."""
+    def parts(self, tensor: Tensor | None = None) -> list[Tensor]:
+        """The parameters of all scenes, each [S, *shape], with gradient to the stack; or those that another
+        tensor of its shape holds."""
+        whole = self.tensor if tensor is None else tensor
         if self._shapes is None:
-            return [self.tensor]
-        pieces = self.tensor.split(self._sizes, dim=1)
+            return [whole]
+        pieces = whole.split(self._sizes, dim=1)
         return [
             piece.unflatten(1, shape) if len(shape) != 1 else piece
             for piece, shape in zip(pieces, self._shapes, strict=True)

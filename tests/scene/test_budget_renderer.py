@@ -24,7 +24,7 @@ def _generator() -> torch.Generator:
 
 
 def _occupancy(field: RadianceField) -> OccupancyGrid:
-    occupancy = OccupancyGrid(resolution=24)
+    occupancy = OccupancyGrid(resolution=24).to(next(field.parameters()).device)
     occupancy.update(field)
     return occupancy
 
@@ -199,7 +199,7 @@ def test_a_ray_needs_a_sample() -> None:
 def test_kernels_render_the_same(num_cameras: int, budget_per_ray: int, kernel_device: torch.device) -> None:
     field = bumpy_ball().to(kernel_device)
     cameras = two_cameras()[:num_cameras].to(kernel_device)
-    occupancy = _occupancy(field).to(kernel_device)
+    occupancy = _occupancy(field)
     found = []
     for kernels in ("torch", "triton"):
         output = render_within_budget(
@@ -219,7 +219,7 @@ def test_kernels_render_the_same(num_cameras: int, budget_per_ray: int, kernel_d
 def test_a_step_on_a_gpu_never_waits() -> None:
     field = bumpy_ball().cuda()
     field.encoding_backend = "triton"
-    occupancy = _occupancy(field).cuda()
+    occupancy = _occupancy(field)
 
     def step() -> None:
         occupancy.update(field, generator=_generator())

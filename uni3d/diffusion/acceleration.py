@@ -30,6 +30,7 @@ def accelerate(teacher: LatentDiffusionTeacher, mode: str) -> str:
     teacher.network_pass, teacher.encode_pass = teacher.eager_pass, teacher.eager_encode
     teacher.middle_pass = teacher.eager_middle
     teacher.network_changed = lambda: None
+    teacher.accelerated = lambda run, _what: run
     is_cuda = teacher.device.type == "cuda"
     for network in (teacher.network, teacher.vae):
         plain_blocks(network)
@@ -49,6 +50,9 @@ def accelerate(teacher: LatentDiffusionTeacher, mode: str) -> str:
     graphed = GraphedPass(teacher.eager_pass, teacher.network)
     half = GraphedPass(teacher.eager_middle, teacher.network)
     changed = [graphed.forget, half.forget]
+    teacher.accelerated = lambda run, what: WithFallback(
+        GraphedPass(run, teacher.network), run, f"graphs of {what}"
+    )
     teacher.middle_pass = WithFallback(half, teacher.eager_middle, "graphs of half the network")
     teacher.network_pass = WithFallback(graphed, teacher.eager_pass, "graphs of the network")
     teacher.encode_pass = WithFallback(

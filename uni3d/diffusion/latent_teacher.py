@@ -77,6 +77,7 @@ class LatentDiffusionTeacher(ABC):
         encode_pass: the same for `eager_encode`.
         network_changed: to be called by who puts parameters into the network or takes them out, since a
             captured pass knows only those of its capture.
+        accelerated: how another pass through the network is run, given the pass and what it is of.
     """
 
     network: Any
@@ -93,6 +94,7 @@ class LatentDiffusionTeacher(ABC):
     middle_pass: Callable[[Tensor, Tensor, Tensor], Tensor] = field(init=False)
     encode_pass: Callable[[Tensor], Tensor] = field(init=False)
     network_changed: Callable[[], object] = field(init=False)
+    accelerated: Callable[[Callable[..., Any], str], Callable[..., Any]] = field(init=False)
 
     attention_projections: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """The linear layers of every attention of the network, where a fake score puts its adapters."""
@@ -113,6 +115,7 @@ class LatentDiffusionTeacher(ABC):
         self.middle_pass = self.eager_middle
         self.encode_pass = self.eager_encode
         self.network_changed = lambda: None
+        self.accelerated = lambda run, _what: run
 
     @staticmethod
     def from_pretrained(

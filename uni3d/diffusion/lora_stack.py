@@ -51,6 +51,7 @@ class LoRAFakeScoreStack:
             self._shapes[f"camera.{name}"] = tuple(parameter.shape)
         rows = [self._draw(generator).to(teacher.device) for generator in generators]
         self.stack = ParameterStack(rows, list(self._shapes.values()))
+        self._adapted_pass = teacher.accelerated(self._plain_adapted_pass, "the fake scores")
 
     def _draw(self, generator: torch.Generator) -> Tensor:
         """One scene's start: lora_A and the camera's first layer uniform, the rest zero."""
@@ -90,26 +91,41 @@ class LoRAFakeScoreStack:
         camera = conditioning.to(self.teacher.device)
         if knows_camera is not None:
             camera = camera * knows_camera.to(camera)[:, None]
-        parts = dict(zip(self._shapes, self.stack.parts(), strict=True))
-        with self._active(parts):
-            return self.teacher.denoise(x, sigma, context, self._camera_embedding(parts, camera)).x0
+        addition = self._camera_embedding(self._parts(self.stack.tensor), camera)
+        with self._active():
+            return self.teacher.denoise(x, sigma, context, addition).x0
 
     @contextmanager
-    def _active(self, parts: Mapping[str, Tensor]) -> Iterator[None]:
+    def _active(self) -> Iterator[None]:
         """Within the block the teacher's network is the fake score of each row's scene."""
-        compiled = self.teacher.network_pass
+        usual = self.teacher.network_pass
+
+        def adapted(*args: Tensor | None) -> Any:
+            return self._adapted_pass(*args, self.stack.tensor)
+
+        self.teacher.network_pass = adapted
+        try:
+            yield
+        finally:
+            self.teacher.network_pass = usual
+
+    def _plain_adapted_pass(self, *args: Tensor | None) -> Any:
+        """`eager_pass` with the adapters that the last argument, the stacked tensor [S, N], holds.
+
+        It is an argument, and the hooks come and go within, so that the pass can be captured."""
+        *inputs, stacked = args
+        assert stacked is not None
+        parts = self._parts(stacked)
         with ExitStack() as stack:
             for name, module in self._projections.items():
                 adapter = f"adapter.{name}"
                 down = parts[f"{adapter}.lora_A.{ADAPTER_NAME}.weight"].transpose(1, 2)
                 up = parts[f"{adapter}.lora_B.{ADAPTER_NAME}.weight"].transpose(1, 2)
                 stack.callback(module.register_forward_hook(_low_rank(down, up)).remove)
-            # A compiled pass knows nothing of hooks that come and go.
-            self.teacher.network_pass = self.teacher.eager_pass
-            try:
-                yield
-            finally:
-                self.teacher.network_pass = compiled
+            return self.teacher.eager_pass(*inputs)  # pyright: ignore[reportArgumentType]
+
+    def _parts(self, stacked: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self._shapes, self.stack.parts(stacked), strict=True))
 
     def _camera_embedding(self, parts: Mapping[str, Tensor], conditioning: Tensor) -> Tensor:
         own = {name: parts[f"camera.{name}"] for name, _ in self._embedding_like.named_parameters()}

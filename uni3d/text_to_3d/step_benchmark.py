@@ -376,6 +376,7 @@ def _measure_long_run(table: _Table, name: str) -> None:
 def _measure_threestudio(table: _Table, name: str) -> None:
     settings = table.settings
     table.teacher = None
+    torch.backends.cudnn.benchmark = False  # torch's default, which it leaves alone
     other = ThreestudioStep(shapes=settings.shapes, device=table.device, resolution=settings.resolution)
     table.add(name, other, THREESTUDIO_PASSES, 2.0)
 

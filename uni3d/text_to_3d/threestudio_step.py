@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uni3d.scene.backends import choose_encoding_backend
 from uni3d.scene.camera import Cameras, sample_orbit_cameras
 from uni3d.scene.occupancy import OccupancyGrid
 from uni3d.scene.radiance_field import RadianceField
@@ -58,7 +59,10 @@ class ThreestudioStep:
         self.camera_embedding = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width))
         self.camera_embedding.to(device)
         encoding = "hash" if shapes == "sd21" else "dense"
-        self.field = RadianceField(encoding=encoding, resolutions=(24, 48)).to(device)
+        look_up = choose_encoding_backend("auto", device, is_hashed=encoding == "hash").name
+        self.field = RadianceField(
+            encoding=encoding, resolutions=(24, 48), encoding_backend=look_up
+        ).to(device)
         self.occupancy = OccupancyGrid(resolution=OCCUPANCY_CELLS).to(device)
         trained = [*self.field.parameters(), *self._adapters, *self.camera_embedding.parameters()]
         self.optimiser = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.99), eps=1e-15)
