@@ -13,6 +13,9 @@ from torch import Tensor
 from uni3d.diffusion.graphed_pass import GraphedPass
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
 from uni3d.diffusion.lora_score import LoRAFakeScore
+from uni3d.diffusion.lora_stack import LoRAFakeScoreStack
+from uni3d.diffusion.prompt import PromptContexts
+from uni3d.training.guidance import RealLatents
 
 
 class RepeatingRecorder:
@@ -118,6 +121,51 @@ def test_images_are_encoded_with_their_gradient(tiny_teacher_folder: Path) -> No
         results.append([latents.detach(), *torch.autograd.grad(latents.square().sum(), images)])
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_of_many_scenes_are_replayed_with_their_gradient(tiny_teacher_folder: Path) -> None:
+    teacher = LatentDiffusionTeacher.from_pretrained(tiny_teacher_folder)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    plain = LoRAFakeScoreStack(teacher, rank=2, generators=generators)
+    graphs: list[GraphedPass] = []
+
+    def recorded(run: Callable[..., Any], _what: str) -> GraphedPass:
+        graphs.append(GraphedPass(run, teacher.network, RepeatingRecorder))
+        return graphs[-1]
+
+    teacher.accelerated = recorded
+    captured = LoRAFakeScoreStack(teacher, rank=2, generators=generators)
+    x, sigma = torch.randn(4, *teacher.latent_shape), torch.rand(4) + 0.5
+    context, camera = teacher.encode_text(["a red chair"] * 4), torch.randn(4, 5)
+    for step in range(2):  # the second replay has to see what a step changed
+        found = []
+        for fake in (plain, captured):
+            with torch.no_grad():
+                fake.stack.tensor.copy_(torch.linspace(-0.1, 0.1 + step, fake.stack.tensor.numel()).view_as(
+                    fake.stack.tensor
+                ))  # fmt: skip
+            made = fake.predict_x0(x, sigma, context, camera)
+            found.append([made.detach(), *torch.autograd.grad(made.square().sum(), fake.stack.tensor)])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+        assert found[0][1].abs().max() > 0
+    assert len(graphs) == 1 and len(graphs[0]._captured) == 1
+
+
+def test_samples_that_are_drawn_once_are_not_captured(tiny_teacher_folder: Path) -> None:
+    teacher, _, (network, _) = build(tiny_teacher_folder)
+    teacher.network_pass, teacher.uncaptured = network, network.paused
+    contexts = PromptContexts.encode(teacher, "a red chair")
+    drawn = [
+        RealLatents.draw(
+            contexts, torch.zeros(2, 5), ["front", "back"], guidance_scale=3.0, num_steps=2,
+            generator=torch.Generator().manual_seed(0),
+        ).latents
+        for teacher.network_pass in (network, teacher.eager_pass)
+    ]  # fmt: skip
+    assert not network._captured and torch.equal(*drawn)
+    teacher.network_pass = network
+    both_scores(teacher, LoRAFakeScore(teacher, rank=2), 1)
+    assert network._captured
 
 
 def test_a_backward_pass_that_comes_too_late_is_refused(tiny_teacher_folder: Path) -> None:

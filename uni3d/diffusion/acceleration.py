@@ -11,6 +11,8 @@ rounding.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ def accelerate(teacher: LatentDiffusionTeacher, mode: str) -> str:
     teacher.middle_pass = teacher.eager_middle
     teacher.network_changed = lambda: None
     teacher.accelerated = lambda run, _what: run
+    teacher.uncaptured = nullcontext
     is_cuda = teacher.device.type == "cuda"
     for network in (teacher.network, teacher.vae):
         plain_blocks(network)
@@ -49,7 +52,7 @@ def accelerate(teacher: LatentDiffusionTeacher, mode: str) -> str:
     blocks = "" if mode == "compile" else _with_fast_blocks(teacher)
     graphed = GraphedPass(teacher.eager_pass, teacher.network)
     half = GraphedPass(teacher.eager_middle, teacher.network)
-    changed = [graphed.forget, half.forget]
+    captured = [graphed, half]
     teacher.accelerated = lambda run, what: WithFallback(
         GraphedPass(run, teacher.network), run, f"graphs of {what}"
     )
@@ -60,12 +63,21 @@ def accelerate(teacher: LatentDiffusionTeacher, mode: str) -> str:
     )
     if mode == "compile":
         compiled = GraphedPass(_compiled(teacher.eager_pass), teacher.network)
-        changed.append(compiled.forget)
+        captured.append(compiled)
         teacher.network_pass = WithFallback(compiled, teacher.network_pass, "compile of the network")
         encode = GraphedPass(_compiled(teacher.eager_encode), teacher.vae)
         teacher.encode_pass = WithFallback(encode, teacher.encode_pass, "compile of the autoencoder")
-    teacher.network_changed = lambda: [forget() for forget in changed]
+    teacher.network_changed = lambda: [each.forget() for each in captured]
+    teacher.uncaptured = lambda: _all_paused(captured)
     return "torch.compile in captured CUDA graphs" if mode == "compile" else f"captured CUDA graphs{blocks}"
+
+
+@contextmanager
+def _all_paused(captured: Sequence[GraphedPass]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for each in captured:
+            stack.enter_context(each.paused())
+        yield
 
 
 def _with_fast_blocks(teacher: LatentDiffusionTeacher) -> str:

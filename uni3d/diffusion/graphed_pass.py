@@ -9,7 +9,7 @@ is still waiting for its backward pass, on the default stream, which no capture 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -93,9 +93,22 @@ class GraphedPass:
         self._run = run
         self._network = network
         self._recorder = recorder
+        self._is_paused = False
         self._captured: dict[tuple[Any, ...], Pass] = {}
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block the pass runs as it is: shapes that are soon done with are not worth a graph, which
+        keeps its memory."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
     def __call__(self, *args: Tensor | None) -> Any:
+        if self._is_paused:
+            return self._run(*args)
         is_given = tuple(arg is not None for arg in args)
         tensors = [arg for arg in args if arg is not None]
         has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

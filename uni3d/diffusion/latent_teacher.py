@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -78,6 +79,7 @@ class LatentDiffusionTeacher(ABC):
         network_changed: to be called by who puts parameters into the network or takes them out, since a
             captured pass knows only those of its capture.
         accelerated: how another pass through the network is run, given the pass and what it is of.
+        uncaptured: a block within which the network's passes are not captured.
     """
 
     network: Any
@@ -95,6 +97,7 @@ class LatentDiffusionTeacher(ABC):
     encode_pass: Callable[[Tensor], Tensor] = field(init=False)
     network_changed: Callable[[], object] = field(init=False)
     accelerated: Callable[[Callable[..., Any], str], Callable[..., Any]] = field(init=False)
+    uncaptured: Callable[[], AbstractContextManager[object]] = field(init=False)
 
     attention_projections: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """The linear layers of every attention of the network, where a fake score puts its adapters."""
@@ -116,6 +119,7 @@ class LatentDiffusionTeacher(ABC):
         self.encode_pass = self.eager_encode
         self.network_changed = lambda: None
         self.accelerated = lambda run, _what: run
+        self.uncaptured = nullcontext
 
     @staticmethod
     def from_pretrained(

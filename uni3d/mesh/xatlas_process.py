@@ -17,8 +17,8 @@ MAX_CORES = 4
 def use_few_cores() -> None:
     """Keep this process to a few cores, others than its neighbours take.
 
-    xatlas starts a thread for every core it may use, and they wait for work by spinning: on 32 cores a surface
-    that takes 3 s on two was not done after 20.
+    xatlas starts a thread for every core it may use, and they wait for work by spinning: on 32 cores it was
+    not done after 20 s with surfaces that take 3 s on two.
     """
     if not hasattr(os, "sched_setaffinity"):  # not on macOS and Windows
         return

@@ -60,9 +60,9 @@ class ThreestudioStep:
         self.camera_embedding.to(device)
         encoding = "hash" if shapes == "sd21" else "dense"
         look_up = choose_encoding_backend("auto", device, is_hashed=encoding == "hash").name
-        self.field = RadianceField(
-            encoding=encoding, resolutions=(24, 48), encoding_backend=look_up
-        ).to(device)
+        self.field = RadianceField(encoding=encoding, resolutions=(24, 48), encoding_backend=look_up).to(
+            device
+        )
         self.occupancy = OccupancyGrid(resolution=OCCUPANCY_CELLS).to(device)
         trained = [*self.field.parameters(), *self._adapters, *self.camera_embedding.parameters()]
         self.optimiser = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.99), eps=1e-15)

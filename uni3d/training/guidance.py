@@ -92,16 +92,17 @@ class RealLatents:
         for start in range(0, len(view_words), batch_size):
             part = slice(start, start + batch_size)
             context = contexts.conditional(view_words[part], conditioning[part])
-            drawn.append(
-                teacher.sample(
-                    context,
-                    contexts.unconditional(context.shape[0]),
-                    guidance_scale=guidance_scale,
-                    num_steps=num_steps,
-                    generator=generator,
-                    before_step=before_step,
+            with teacher.uncaptured():  # of these shapes there are no more than these
+                drawn.append(
+                    teacher.sample(
+                        context,
+                        contexts.unconditional(context.shape[0]),
+                        guidance_scale=guidance_scale,
+                        num_steps=num_steps,
+                        generator=generator,
+                        before_step=before_step,
+                    )
                 )
-            )
         view_index = torch.tensor([VIEW_WORDS.index(word) for word in view_words])
         return cls(torch.cat(drawn), view_index, conditioning)
 

@@ -9,12 +9,12 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import shutil
-import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,5 +114,13 @@ def keep_example(run: Path, target: Path, order: Order, mesh_figures: Mapping[st
         (target / name).write_text(json.dumps(record, indent=2, default=float) + "\n")
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m uni3d.web.examples FOLDER`."""
+    parser = argparse.ArgumentParser(prog="python -m uni3d.web.examples", description=make_examples.__doc__)
+    parser.add_argument("folder", type=Path)
+    make_examples(parser.parse_args(arguments).folder)
+    return 0
+
+
 if __name__ == "__main__":
-    make_examples(Path(sys.argv[1]))
+    raise SystemExit(main())
