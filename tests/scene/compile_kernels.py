@@ -33,7 +33,7 @@ INTEGERS = (
 FLOATS = ("eps", "step", "half_extent", "per_unit", "limit")
 INT32_TENSORS = ("levels", "count")
 BF16_TENSORS = ("images", "grads", "weight", "bias", "results")
-INT64_TENSORS = ("found", "wanted", "kept", "places", "lit", "end")
+INT64_TENSORS = ("found", "wanted", "kept", "places", "lit", "end", "scenes")
 
 
 def type_of(kernel: Any, name: str) -> str:
@@ -68,8 +68,8 @@ for features in (1, 2):
     compile_for_h100(grid_kernels._hash_forward, **constants)
     addition = "add.v2.f32" if features == 2 else "add.f32"
     assert addition in compile_for_h100(grid_kernels._hash_backward, **constants)
-for channels in (3,):
-    constants = {"CHANNELS": channels, "POINTS": grid_kernels.BLOCK}
+for is_many in (False, True):
+    constants = {"CHANNELS": 3, "POINTS": grid_kernels.BLOCK, "MANY": is_many}
     compile_for_h100(grid_kernels._dense_forward, **constants)
     compile_for_h100(grid_kernels._dense_backward, **constants)
 for kernel in (ray_kernels._count_occupied, ray_kernels._write_places, ray_kernels._absorb):

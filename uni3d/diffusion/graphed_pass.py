@@ -98,7 +98,7 @@ class GraphedPass:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Within the block the pass runs as it is: shapes that are soon done with are not worth a graph, which
+        """Within the block the pass runs as it is: shapes soon done with are not worth a graph, which
         keeps its memory."""
         self._is_paused = True
         try:

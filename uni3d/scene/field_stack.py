@@ -8,7 +8,7 @@ Legend: S scenes, P points, C channels, G vertices along a grid's edge, V = G^3.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,12 +96,21 @@ class FieldStack:
         raw_density = unit.new_zeros(unit.shape[0], 1)
         raw_colour = unit.new_zeros(unit.shape[0], 3) if with_colour else None
         for level, resolution in enumerate(self.resolutions):
-            corners = dense_corners(unit, resolution)
-            raw_density = raw_density + _look_up(self.density_grids[level].tensor, corners, scene)
+            look_up = self._look_up_at(unit, scene, resolution)
+            raw_density = raw_density + look_up(self.density_grids[level].tensor)
             if raw_colour is not None:
-                raw_colour = raw_colour + _look_up(self.colour_grids[level].tensor, corners, scene)
+                raw_colour = raw_colour + look_up(self.colour_grids[level].tensor)
         density = self._like._activate(raw_density[:, 0]) * is_inside
         return density, None if raw_colour is None else torch.sigmoid(raw_colour)
+
+    def _look_up_at(self, unit: Tensor, scene: Tensor, resolution: int) -> Callable[[Tensor], Tensor]:
+        """The function that reads grids of `resolution` [S, C, G, G, G] at points [P, 3] in [0, 1]^3."""
+        if self._like.encoding_backend == "triton":
+            from uni3d.scene import grid_kernels
+
+            return lambda grids: grid_kernels.dense_look_up(unit, grids, scene)
+        corners = dense_corners(unit, resolution)  # found once for density and colour
+        return lambda grids: _look_up(grids, corners, scene)
 
 
 class _LookUp(torch.autograd.Function):

@@ -114,13 +114,32 @@ def _hash_backward(
 
 
 @triton.jit
+def _first_vertices(scenes, index, is_point, resolution, CHANNELS: tl.constexpr, MANY: tl.constexpr):
+    """Where the grid of each point's scene begins, int64 [P, 1]; MANY: there is more than one."""
+    if MANY:
+        scene = tl.load(scenes + index, mask=is_point, other=0).to(tl.int64)
+    else:
+        scene = 0 * index
+    return (scene * (CHANNELS * resolution * resolution * resolution))[:, None]
+
+
+@triton.jit
 def _dense_forward(
-    points, grid, values, num_points, resolution, CHANNELS: tl.constexpr, POINTS: tl.constexpr
+    points,
+    scenes,
+    grid,
+    values,
+    num_points,
+    resolution,
+    CHANNELS: tl.constexpr,
+    POINTS: tl.constexpr,
+    MANY: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     is_point = index < num_points
     x, y, z, weight = _corners(points, index, is_point, resolution)
-    vertex = x + resolution * (y + resolution * z)
+    first = _first_vertices(scenes, index, is_point, resolution, CHANNELS, MANY)
+    vertex = first + x + resolution * (y + resolution * z)
     for channel in tl.static_range(CHANNELS):
         place = grid + channel * resolution * resolution * resolution + vertex
         total = tl.sum(weight * tl.load(place, mask=is_point[:, None], other=0.0), axis=1)
@@ -130,6 +149,7 @@ def _dense_forward(
 @triton.jit
 def _dense_backward(
     points,
+    scenes,
     grad_grid,
     grad_values,
     num_points,
@@ -138,11 +158,13 @@ def _dense_backward(
     channel_stride,
     CHANNELS: tl.constexpr,
     POINTS: tl.constexpr,
+    MANY: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     is_point = index < num_points
     x, y, z, weight = _corners(points, index, is_point, resolution)
-    vertex = x + resolution * (y + resolution * z)
+    first = _first_vertices(scenes, index, is_point, resolution, CHANNELS, MANY)
+    vertex = first + x + resolution * (y + resolution * z)
     for channel in tl.static_range(CHANNELS):
         source = grad_values + index * point_stride + channel * channel_stride
         change = weight * tl.load(source, mask=is_point, other=0.0)[:, None]
@@ -185,35 +207,45 @@ class _HashGrid(torch.autograd.Function):
 
 class _DenseGrid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, points: Tensor, grid: Tensor) -> Tensor:
-        num_points, num_channels = points.shape[0], grid.shape[0]
-        ctx.save_for_backward(points)
+    def forward(ctx: Any, points: Tensor, scenes: Tensor | None, grid: Tensor) -> Tensor:
+        num_points, num_channels = points.shape[0], grid.shape[-4]
+        ctx.save_for_backward(points, scenes)
         ctx.grid_shape = grid.shape
         values = grid.new_empty(num_channels, num_points)
         with torch.cuda.device_of(points):
             _dense_forward[(triton.cdiv(num_points, BLOCK),)](
-                points, grid, values, num_points, grid.shape[1], CHANNELS=num_channels, POINTS=BLOCK
+                points,
+                points if scenes is None else scenes,
+                grid,
+                values,
+                num_points,
+                grid.shape[-1],
+                CHANNELS=num_channels,
+                POINTS=BLOCK,
+                MANY=scenes is not None,
             )
         return values.t()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor]:
-        (points,) = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, Tensor]:
+        points, scenes = ctx.saved_tensors
         (grad,) = grad_outputs
         grad_grid = grad.new_zeros(ctx.grid_shape)
         with torch.cuda.device_of(points):
             _dense_backward[(triton.cdiv(points.shape[0], BLOCK),)](
                 points,
+                points if scenes is None else scenes,
                 grad_grid,
                 grad,
                 points.shape[0],
-                ctx.grid_shape[1],
+                ctx.grid_shape[-1],
                 grad.stride(0),
                 grad.stride(1),
-                CHANNELS=ctx.grid_shape[0],
+                CHANNELS=ctx.grid_shape[-4],
                 POINTS=BLOCK,
+                MANY=scenes is not None,
             )
-        return None, grad_grid
+        return None, None, grad_grid
 
 
 def hash_look_up(points: Tensor, table: Tensor, levels: Tensor) -> Tensor:
@@ -227,11 +259,14 @@ def hash_look_up(points: Tensor, table: Tensor, levels: Tensor) -> Tensor:
     return _HashGrid.apply(points.detach().contiguous(), table.contiguous(), levels)  # type: ignore[return-value]
 
 
-def dense_look_up(points: Tensor, grid: Tensor) -> Tensor:
-    """Values float32 [P, C] of a cubic grid [C, G, G, G] at points [P, 3] in [0, 1]^3 (clamped).
+def dense_look_up(points: Tensor, grid: Tensor, scenes: Tensor | None = None) -> Tensor:
+    """Values float32 [P, C] of a cubic grid [C, G, G, G] at points [P, 3] in [0, 1]^3 (clamped); with the
+    scene int64 [P] of each point, of grids [S, C, G, G, G].
 
-    Twin of `encoding.weighted_corners` at `encoding.dense_corners`; differentiable in the grid alone.
+    Twin of `encoding.weighted_corners` at `encoding.dense_corners`, and of `field_stack`'s look-up;
+    differentiable in the grid alone.
     """
     if points.shape[0] == 0:
-        return grid.new_zeros(0, grid.shape[0]) + 0 * grid.sum()
-    return _DenseGrid.apply(points.detach().contiguous(), grid.contiguous())  # type: ignore[return-value]
+        return grid.new_zeros(0, grid.shape[-4]) + 0 * grid.sum()
+    own = None if scenes is None else scenes.contiguous()
+    return _DenseGrid.apply(points.detach().contiguous(), own, grid.contiguous())  # type: ignore[return-value]

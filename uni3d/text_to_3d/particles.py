@@ -70,6 +70,7 @@ class ParticleOptimiser(SceneOptimiser):
         for _ in range(self.config.particles):
             field = RadianceField(
                 encoding=config.encoding,
+                encoding_backend=self.encoding_backend.name,
                 resolutions=config.resolutions,
                 half_extent=config.half_extent,
                 blob_radius=config.initial_radius,

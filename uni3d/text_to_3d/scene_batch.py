@@ -19,6 +19,7 @@ from torch import Tensor
 from uni3d.config.text_to_3d import TextTo3DConfig
 from uni3d.config.values import Schedule, value_at
 from uni3d.diffusion.latent_teacher import LatentDiffusionTeacher
+from uni3d.scene.backends import choose_encoding_backend
 from uni3d.scene.camera import Cameras
 from uni3d.scene.field_stack import FieldStack, total_variation_each
 from uni3d.scene.occupancy import OccupancyGrid
@@ -89,9 +90,11 @@ class SceneBatch:
 
     def _build_fields(self) -> None:
         config = self.config.field
+        look_up = choose_encoding_backend(config.encoding_backend, self.device, is_hashed=False).name
         fields = [
             RadianceField(
                 encoding=config.encoding,
+                encoding_backend=look_up,
                 resolutions=config.resolutions,
                 half_extent=config.half_extent,
                 blob_radius=config.initial_radius,
