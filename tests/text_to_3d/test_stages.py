@@ -147,6 +147,16 @@ def test_stages_hand_over_in_memory(teacher: LatentDiffusionTeacher) -> None:
     assert len(distillers) == 1, "one recipe needs one set of networks"
 
 
+def test_only_a_field_can_be_foggy(teacher: LatentDiffusionTeacher) -> None:
+    optimiser = StagedOptimiser(_config(), teacher)
+    optimiser.prepare()
+    assert 0 <= build_mesh(optimiser)[1]["fog"] <= 1
+    while optimiser.stage == "field":
+        optimiser.step()
+    assert "fog" not in build_mesh(optimiser)[1]
+    optimiser.close()
+
+
 def test_another_recipe_gets_networks_of_its_own(teacher: LatentDiffusionTeacher) -> None:
     optimiser = StagedOptimiser(_with_other_texture_method(_config()), teacher)
     optimiser.prepare()

@@ -45,6 +45,7 @@ from uni3d.prompts import check_prompt, prompt_slug
 from uni3d.resources import weights_folder
 from uni3d.scene.camera import ring_cameras
 from uni3d.scene.regularisers import fog_fraction
+from uni3d.scene.renderer import RenderOutput
 from uni3d.text_to_3d.memory import RUNGS, fitted
 from uni3d.text_to_3d.network_setup import EMBEDDED, load_fake_base, load_teacher
 from uni3d.text_to_3d.scene_optimiser import choose_backends, resolve_recipe, stage_recipe
@@ -271,11 +272,9 @@ def build_mesh(optimiser: RunOptimiser) -> tuple[TexturedMesh, dict[str, Any], d
         )
     if comparison["verdict"] != "match":
         logger.warning("the mesh differs from what was optimised: %s", comparison["explanation"])
-    figures = {
-        "surface": surface.report,
-        "field_match": comparison,
-        "fog": fog_fraction(rendered.opacity),
-    }
+    figures: dict[str, Any] = {"surface": surface.report, "field_match": comparison}
+    if isinstance(rendered, RenderOutput):  # of a surface, half-transparent pixels are its smooth outline
+        figures["fog"] = fog_fraction(rendered.opacity)
     return with_material(mesh, optimiser.config.stages.texture), figures, seconds
 
 
