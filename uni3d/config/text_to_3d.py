@@ -117,7 +117,7 @@ class FieldConfig:
     initial_colour: Literal["samples", "grey"] = "samples"
     """Colour that all of it starts from: that of the object in a few of the teacher's samples for the prompt,
     which parts that are seldom seen then keep, or grey."""
-    density_sharpness: Schedule = ((0.0, 1.0), (0.5, 1.0), (1.0, 3.0))
+    density_sharpness: Schedule = ((0.0, 1.0), (0.5, 1.0), (1.0, 6.0))
     """Contrast of the density over the run: above 1 fog clears and edges take less space."""
 
     def __post_init__(self) -> None:
