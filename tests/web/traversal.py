@@ -26,7 +26,7 @@ def hostile_paths(folder: Path, job: str, secret: Path) -> list[str]:
                 f"/gradio_api/file={climb}",
                 f"/gradio_api/file/{climb}",
                 f"/static/{climb}",
-                f"/examples/01-a-red-mushroom/{climb}",
+                f"/examples/01-a-yellow-lamp/{climb}",
                 f"/examples/{climb}",
                 f"/assets/{climb}",
                 f"/{climb}",

@@ -264,7 +264,7 @@ class RegularisersConfig:
     """Squared differences of density between neighbouring cells."""
     colour_smoothness: Schedule = ((0.0, 30.0),)
     """Squared differences of colour between neighbouring cells."""
-    opacity_entropy: Schedule = ((0.0, 0.0), (0.25, 0.0), (1.0, 80.0))
+    opacity_entropy: Schedule = ((0.0, 0.0), (0.25, 0.0), (1.0, 240.0))
     """Entropy of each pixel's opacity: pushes fog to be either there or not."""
     opacity: Schedule = ((0.0, 0.3),)
     """Mean opacity: removes what no view asks for."""

@@ -4,7 +4,7 @@
     assets/examples/01-red-chair/mesh.glb, turntable.mp4, preview.jpg (the sheet of views), front.jpg,
                                  report.json (the mesh report)
 
-`python -m uni3d.web.examples FOLDER` makes those that are missing, at draft quality.
+`python -m uni3d.web.examples FOLDER` makes those that are missing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EXAMPLE_FILES = {
 }
 # Objects that the embedded teacher draws well.
 EXAMPLE_PROMPTS = (
-    "a red mushroom",
+    "a yellow lamp",
     "a blue ceramic vase",
     "a red wooden chair",
     "a purple potion bottle",
@@ -79,7 +79,7 @@ def load_examples(folder: Path | None) -> list[Example]:
     return found
 
 
-def make_examples(folder: Path, quality: str = "draft") -> None:
+def make_examples(folder: Path, quality: str = "default") -> None:
     """Make what is missing below `folder`, one after the other."""
     from uni3d.text_to_3d.pipeline import generate
 
@@ -118,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m uni3d.web.examples FOLDER`."""
     parser = argparse.ArgumentParser(prog="python -m uni3d.web.examples", description=make_examples.__doc__)
     parser.add_argument("folder", type=Path)
-    make_examples(parser.parse_args(arguments).folder)
+    parser.add_argument("--quality", default="default", choices=["default", "draft"])
+    given = parser.parse_args(arguments)
+    make_examples(given.folder, given.quality)
     return 0
 
 
