@@ -61,5 +61,6 @@ class TeacherSamples:
             guidance_scale=self.settings.sampling_guidance,
             num_steps=self.settings.sampling_steps,
             generator=torch.Generator().manual_seed(seed),
+            is_one_of_many=True,  # of the prompts
         ).latents
         return torch.cat([self.teacher.decode_latents(part) for part in latents.split(16)])

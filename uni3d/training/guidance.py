@@ -15,7 +15,7 @@ Legend: B views, S scenes, C H W latent channels and pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -84,15 +84,17 @@ class RealLatents:
         generator: Streams,
         batch_size: int = 8,
         before_step: Callable[[], object] | None = None,
+        is_one_of_many: bool = False,
     ) -> RealLatents:
         """Sample one latent for each camera in `conditioning` [N, K]; `before_step` is called before every
-        denoising step and may raise."""
+        denoising step and may raise. `is_one_of_many`: more draws of this shape follow, so that capturing
+        it pays."""
         teacher = contexts.teacher
         drawn = []
         for start in range(0, len(view_words), batch_size):
             part = slice(start, start + batch_size)
             context = contexts.conditional(view_words[part], conditioning[part])
-            with teacher.uncaptured():  # of these shapes there are no more than these
+            with nullcontext() if is_one_of_many else teacher.uncaptured():
                 drawn.append(
                     teacher.sample(
                         context,
