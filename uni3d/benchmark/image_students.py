@@ -143,7 +143,7 @@ class Comparison:
     settings: ComparisonSettings
     report: Callable[[str], object]
     failures: dict[str, str] = field(default_factory=dict)
-    """What failed in this session and why, by name of the run."""
+    """What failed since the program started and why, by name of the run."""
 
     def __post_init__(self) -> None:
         settings = self.settings
