@@ -12,15 +12,18 @@ import torch
 from uni3d.training.checkpoint import atomic_write_json
 
 
-def argument_parser(module: str, about: str | None) -> argparse.ArgumentParser:
-    """A parser for `python -m module` with --device and --output, explained by the module's docstring."""
+def argument_parser(
+    module: str, about: str | None, *, output: str = "JSON file of all figures", needs_output: bool = False
+) -> argparse.ArgumentParser:
+    """A parser for `python -m module` with --device and --output, explained by the module's docstring;
+    `output` says what goes where --output points, which must be given where `needs_output`."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--device", type=_present_device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--output", type=Path, help="JSON file of all figures")
+    parser.add_argument("--output", type=Path, required=needs_output, help=output)
     return parser
 
 

@@ -202,6 +202,9 @@ def test_errors_are_one_sentence(settings: ComparisonSettings, capsys: pytest.Ca
     with pytest.raises(SystemExit) as left:
         image_methods.main(["--students", "sidd"])
     assert left.value.code == 2
+    with pytest.raises(SystemExit) as left:
+        image_methods.main(words[:6])
+    assert left.value.code == 2 and "required: --output" in capsys.readouterr().err
 
 
 def test_spread_is_of_all_seeds_or_none() -> None:

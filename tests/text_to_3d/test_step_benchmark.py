@@ -59,7 +59,9 @@ def test_a_row_that_fails_leaves_the_others(
 
 def test_a_long_run_compares_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that grows slower shows; how long the published number of steps takes is their mean."""
-    clock = iter(milliseconds / 1e3 for n in range(20) for milliseconds in (100 * n, 100 * n + 10 + n))
+    # Step n ends 10 + n ms after the one before it.
+    ends = [sum(10 + n for n in range(steps)) for steps in range(21)]
+    clock = iter(milliseconds / 1e3 for milliseconds in [0, *(end for end in ends[1:] for _ in range(3))])
     monkeypatch.setattr(step_benchmark.time, "perf_counter", lambda: next(clock))
     steps: list[int] = []
     settings = step_benchmark.BenchmarkSettings(device="cpu", num_warmup=3, long_run=20)

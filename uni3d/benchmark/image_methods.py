@@ -21,8 +21,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from uni3d.benchmark.image_pages import summary_lines, write_student_pages
 from uni3d.benchmark.image_students import STUDENTS, Comparison, ComparisonSettings
 from uni3d.errors import Interrupted, ScenesFailed, Uni3DError
@@ -92,8 +90,9 @@ def read_settings(arguments: Sequence[str] | None) -> ComparisonSettings:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argument_parser("uni3d.benchmark.image_methods", __doc__)
-    parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argument_parser(
+        "uni3d.benchmark.image_methods", __doc__, output="folder of all that is made", needs_output=True
+    )
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the network to distil")
     parser.add_argument("--data", required=True, help="its images: a path, or shapes:N[:SIZE]")
     parser.add_argument("--config", type=Path, help=f"settings of all students; by default {CONFIG}")

@@ -85,7 +85,7 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
             "",
         ]
         teacher = [("teacher's own samples", summary["teacher"])] if summary["teacher"] else []
-        quality = [(row["method"], row["figures"]) for row in chosen] + teacher
+        shown = [(row["method"], row["figures"]) for row in chosen]
         others = [
             column
             for judge in summary["judges"][1:]
@@ -94,14 +94,10 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
                 (f"{judge}, cosine", f"{judge}.alignment", 1, 3),
             )
         ]
-        lines += _table(quality, [*_QUALITY, *others], with_interval=True)
-        lines += [
-            "",
-            *_table([(row["method"], row["figures"]) for row in chosen], _COSTS, with_interval=False),
-        ]
-        if any("export_seconds" in row["figures"] for row in chosen):
-            stages = [(row["method"], row["figures"]) for row in chosen]
-            lines += ["", *_table(stages, _STAGES, with_interval=False)]
+        lines += _table(shown + teacher, [*_QUALITY, *others], with_interval=True)
+        lines += ["", *_table(shown, _COSTS, with_interval=False)]
+        if any("export_seconds" in figures for _, figures in shown):
+            lines += ["", *_table(shown, _STAGES, with_interval=False)]
     if summary["failures"]:
         lines += ["", f"{len(summary['failures'])} runs failed; summary.json says which and why."]
     return "\n".join(lines) + "\n"

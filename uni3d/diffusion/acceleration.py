@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -29,11 +29,7 @@ def accelerate(teacher: LatentDiffusionTeacher, mode: str) -> str:
 
     Returns what was chosen and why, for the log. Fake scores on the teacher's network are included.
     """
-    teacher.network_pass, teacher.encode_pass = teacher.eager_pass, teacher.eager_encode
-    teacher.middle_pass = teacher.eager_middle
-    teacher.network_changed = lambda: None
-    teacher.accelerated = lambda run, _what: run
-    teacher.uncaptured = nullcontext
+    teacher.run_plainly()
     is_cuda = teacher.device.type == "cuda"
     for network in (teacher.network, teacher.vae):
         plain_blocks(network)

@@ -114,6 +114,10 @@ class LatentDiffusionTeacher(ABC):
         self._stops_at_middle = False
         self.middle_block.register_forward_hook(self._record_middle)
         self.time_embedding.register_forward_hook(self._add_to_time_embedding)
+        self.run_plainly()
+
+    def run_plainly(self) -> None:
+        """Run the networks as torch does, operation by operation, until `acceleration` says otherwise."""
         self.network_pass = self.eager_pass
         self.middle_pass = self.eager_middle
         self.encode_pass = self.eager_encode

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,21 @@ def step_config(kind: StepKind, settings: BenchmarkSettings) -> TextTo3DConfig:
     )
 
 
+def timed_steps(step: Step, num: int, *, is_cuda: bool) -> Iterator[tuple[float, float]]:
+    """Milliseconds that the host takes to issue each of `num` steps, and from one drained device to the next:
+    it is drained after each."""
+    started = time.perf_counter()
+    for _ in range(num):
+        begun = time.perf_counter()
+        step()
+        issued = time.perf_counter() - begun
+        if is_cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        yield issued * 1e3, (now - started) * 1e3
+        started = now
+
+
 def time_step(step: Step, settings: BenchmarkSettings) -> dict[str, Any]:
     """Milliseconds of whole steps by the host's clock, the device drained before and after all of them."""
     is_cuda = settings.device.startswith("cuda")
@@ -135,22 +150,12 @@ def time_step(step: Step, settings: BenchmarkSettings) -> dict[str, Any]:
     if is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    times, started = [], time.perf_counter()
-    issued = 0.0
-    for _ in range(settings.num_repeats):
-        begun = time.perf_counter()
-        step()
-        issued += time.perf_counter() - begun
-        if is_cuda:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        times.append((now - started) * 1e3)
-        started = now
+    issued, times = zip(*timed_steps(step, settings.num_repeats, is_cuda=is_cuda), strict=True)
     return {
         "median_ms": statistics.median(times),
         "min_ms": min(times),
         "max_ms": max(times),
-        "host_ms": issued / settings.num_repeats * 1e3,
+        "host_ms": statistics.mean(issued),
         "host_waits": None if waits is None else len(waits),
         "waits_at": waits or [],
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if is_cuda else 0.0,
@@ -165,12 +170,8 @@ def time_long_run(step: Step, settings: BenchmarkSettings) -> dict[str, Any]:
         step()
     if is_cuda:
         torch.cuda.synchronize()
-    for _ in range(settings.long_run):
-        begun = time.perf_counter()
-        step()
-        if is_cuda:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - begun) * 1e3)
+    for _, milliseconds in timed_steps(step, settings.long_run, is_cuda=is_cuda):
+        times.append(milliseconds)
         allocated.append(torch.cuda.memory_allocated() if is_cuda else 0)
     tenth = max(1, settings.long_run // 10)
     return {
